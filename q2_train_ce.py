@@ -1,0 +1,168 @@
+"""Question 2: train ResNet-18 from random weights with cross-entropy on the 12,000 images.
+
+Reports accuracy on validation and test (per class too, with the confusion matrix), the calibration of the
+predicted probabilities, the curves of accuracy and loss, and a UMAP of the 512 numbers that the convolutional
+part ends in: fitted on train without labels, then applied to test.
+
+Reads   results/q1/split.npz, CIFAR-10
+Writes  results/q2: model.pt, figure03 to figure06, confusion and reliability figures, metrics.json
+Run     python q2_train_ce.py
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+
+LABEL_SMOOTHING = 0.1  # keeps the network from growing over-confident on so few images
+CALIBRATION_BINS = 15  # as in Guo et al. 2017
+
+
+def main():
+    parser = common.argument_parser(__doc__)
+    common.add_training_flags(parser, epochs=40, batch_size=128, lr=0.2, stem="stride2")
+    args = common.parse_arguments(parser)
+    folder = args.results / "q2"
+    split, data = common.load_data(args)
+    origin = common.provenance(args, "q2", split)
+    seconds = {}
+
+    model, history = train_on_clean_images(data, args, split, folder / "training.pt")
+    seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
+    model_sha256 = common.save_checkpoint(folder / "model.pt", model, stem=args.stem, provenance=origin)
+    common.plot_history(folder / "figure03_accuracy.png", history,
+                        {"accuracy": "train (augmented)", "val_accuracy": "validation"}, "accuracy")
+    common.plot_history(folder / "figure04_loss.png", history,
+                        {"loss": "train (augmented, smoothed labels)", "val_loss": "validation"}, "cross-entropy")
+
+    with common.timed(seconds, "evaluate"):
+        scores = {name: class_scores(model, *data[name], folder, name) for name in ("val", "test")}
+    with common.timed(seconds, "umap"):
+        train_labels, test_labels = data["train"][1], data["test"][1]
+        train_features, test_features = (common.backbone_features(model, common.as_float(data[name][0]))
+                                         for name in ("train", "test"))
+        reducer = common.fit_umap(train_features, args.seed)
+        common.plot_maps(folder / "figure05_umap_train.png",
+                         {"train": (reducer.embedding_, train_labels)}, reducer.embedding_)
+        common.plot_maps(folder / "figure06_umap_test.png",
+                         {"test, in the map of train": (common.map_into(reducer, test_features), test_labels)},
+                         reducer.embedding_)
+
+    common.write_metrics(folder, origin, {
+        "model_sha256": {"model.pt": model_sha256},
+        "accuracy": {"clean": scores["test"]["accuracy"]},
+        "n_test": len(test_labels),
+        "val": scores["val"], "test": scores["test"],
+        "umap_sha256": common.sha256(reducer.embedding_.tobytes()),
+        "history": history,
+        "seconds": seconds,
+    })
+    common.print_table(
+        "Question 2: ResNet-18 with cross-entropy",
+        ["part", "images", "accuracy", "calibration error (ECE)"],
+        [[name, str(len(data[name][1])), common.percent(score["accuracy"]), common.percent(score["ece"])]
+         for name, score in scores.items()],
+    )
+
+
+def train_on_clean_images(data, args, split, state_file):
+    """A trained model in eval mode, and the history of its training."""
+    images, labels = data["train"]
+    val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
+
+    def batches(generator):
+        return common.shuffled_batches(len(images), args.batch_size, generator)
+
+    def batch_loss(model, indices, generator):
+        batch = common.crop_and_flip(common.as_float(images[indices]), generator)
+        logits = model(batch).float()
+        loss = F.cross_entropy(logits, labels[indices], label_smoothing=LABEL_SMOOTHING)
+        return loss, (logits.argmax(1) == labels[indices]).sum()
+
+    def evaluate(model):
+        return common.validation_scores(model, common.as_float(val_images), val_labels)
+
+    torch.manual_seed(args.seed)
+    model = common.resnet18(len(common.CLASSES), args.stem).to(args.device)
+    recipe = common.training_recipe(args, "q2", split, label_smoothing=LABEL_SMOOTHING)
+    history = common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
+    return model, history
+
+
+def class_scores(model, images, labels, folder, name):
+    """Accuracy, overall and per class, confusion matrix and calibration on one part, with their two figures.
+
+    images uint8, labels int64, name "val" or "test". Returns a dict of plain values.
+    """
+    logits = common.in_batches(common.frozen(model), common.as_float(images)).cpu()
+    labels = labels.cpu()
+    confidence, predicted = logits.softmax(1).max(1)
+    confusion = torch.zeros(10, 10, dtype=torch.long).index_put_((labels, predicted), torch.tensor(1), accumulate=True)
+    bins = reliability(confidence, predicted == labels)
+    plot_confusion(folder / f"confusion_{name}.png", confusion.numpy())
+    plot_reliability(folder / f"reliability_{name}.png", bins)
+    return {
+        "accuracy": common.accuracy(predicted, labels),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "accuracy_per_class": dict(zip(common.CLASSES, (confusion.diag() / confusion.sum(1)).tolist())),
+        "confusion": confusion.tolist(),
+        "ece": expected_calibration_error(bins),
+    }
+
+
+def reliability(confidence, correct):
+    """Calibration by equally wide bins of confidence (Guo et al. 2017).
+
+    confidence float N in [0, 1], correct bool N. Returns an array of CALIBRATION_BINS rows: share of the images
+    in the bin, their mean confidence, their accuracy; zeros for an empty bin.
+    """
+    number = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    counts = torch.bincount(number, minlength=CALIBRATION_BINS).double()
+    sums = [torch.zeros(CALIBRATION_BINS, dtype=torch.double).index_add_(0, number, values.double())
+            for values in (confidence, correct)]
+    return torch.stack([counts / len(number), *(total / counts.clamp_min(1) for total in sums)], dim=1).numpy()
+
+
+def expected_calibration_error(bins):
+    """Mean gap between confidence and accuracy, each bin weighted by its share of the images."""
+    share, confidence, accuracy = bins.T
+    return float((share * np.abs(confidence - accuracy)).sum())
+
+
+def plot_reliability(path, bins):
+    """Reliability diagram: accuracy over confidence. On the diagonal the probabilities mean what they say."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.5))
+    axes = figure.subplots()
+    share, _, accuracy = bins.T
+    axes.bar((np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS, accuracy, 0.9 / CALIBRATION_BINS,
+             color="tab:blue", alpha=0.8, label="accuracy in the bin")
+    axes.plot([0, 1], [0, 1], "k--", label="perfect calibration")
+    axes.plot((np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS, share, "o-", color="tab:orange", label="share of images")
+    axes.set(xlabel="confidence", ylabel="accuracy", title=f"ECE {common.percent(expected_calibration_error(bins))}",
+             xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    common.save_figure(figure, path)
+
+
+def plot_confusion(path, confusion):
+    """Confusion matrix (int 10 x 10, rows are the true classes) with its counts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6))
+    axes = figure.subplots()
+    axes.imshow(confusion, cmap="Blues")
+    for true, predicted in np.ndindex(confusion.shape):
+        dark = confusion[true, predicted] > confusion.max() / 2
+        axes.text(predicted, true, confusion[true, predicted], ha="center", va="center", fontsize=7,
+                  color="white" if dark else "black")
+    axes.set_xticks(range(10), common.CLASSES, rotation=45, ha="right")
+    axes.set_yticks(range(10), common.CLASSES)
+    axes.set(xlabel="predicted", ylabel="true")
+    common.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    common.run(main)

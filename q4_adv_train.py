@@ -1,0 +1,120 @@
+"""Question 4: train on perturbed data, without and with the Fast Gradient Method in the training loop.
+
+Two models from random weights: `perturbed` sees every image with a new perturbation as in question 3 in every
+epoch; `perturbed_fgm_trained` sees such images under attack. Plain FGM training overfits catastrophically: after
+some epochs it resists FGM and nothing else (Wong et al. 2020; Andriushchenko & Flammarion 2020). N-FGSM (de Jorge
+et al. 2022) prevents that at no cost, by uniform noise of twice epsilon before the step and no projection after
+it. That it works is shown by PGD-20 accuracy on validation images after every epoch.
+
+Reads   results/q1/split.npz, CIFAR-10; results of q2 and q3 for the comparison, if they are there
+Writes  results/q4: a .pt file per model, figure09 to figure12 for each, metrics.json
+Run     python q4_adv_train.py
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+
+LABEL_SMOOTHING = 0.1
+NOISE = 2.0  # of N-FGSM, in epsilons
+PGD_IMAGES = 250  # the first validation images, attacked after every epoch
+
+
+def main():
+    parser = common.argument_parser(__doc__)
+    common.add_training_flags(parser, epochs=25, batch_size=128, lr=0.2, stem="stride2")
+    args = common.parse_arguments(parser)
+    folder = args.results / "q4"
+    split, data = common.load_data(args)
+    origin = common.provenance(args, "q4", split)
+    images, labels = common.as_float(data["test"][0]), data["test"][1]
+    perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
+    results = {}
+
+    for name, prepare in {"perturbed": perturb_only, "perturbed_fgm_trained": perturb_and_attack}.items():
+        seconds = {}
+        model, history = train_on(prepare, name, data, args, split, folder / f"training_{name}.pt")
+        seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
+        model_sha256 = common.save_checkpoint(folder / f"{name}.pt", model, stem=args.stem, provenance=origin)
+        draw_curves(folder, name, history)
+        with common.timed(seconds, "attack"):
+            measured = common.robustness(model, images, perturbed, labels, args.seed)
+        with common.timed(seconds, "umap"):
+            draw_umap(folder, name, model, data, perturbed, args.seed)
+        results[name] = {**measured, "model_sha256": model_sha256, "history": history, "seconds": seconds}
+
+    metrics = {key: {name: result[key] for name, result in results.items()} for key in results["perturbed"]}
+    common.write_metrics(folder, origin, {**metrics, "n_test": len(labels), "epsilon": common.EPSILON})
+    common.print_conditions("Question 4: accuracy on test, compared with questions 2 and 3",
+                            {**common.measured_before(args, split), **common.models_of("q4", metrics)})
+
+
+def perturb_only(model, images, labels, generator):
+    """New perturbed versions of clean images."""
+    return common.perturb(common.crop_and_flip(images, generator), generator)
+
+
+def perturb_and_attack(model, images, labels, generator):
+    """New perturbed versions of clean images, attacked by N-FGSM (de Jorge et al. 2022, algorithm 1).
+
+    Noise uniform in [-2 eps, 2 eps], one FGM step of eps from there; neither is projected back to eps.
+    """
+    eps = common.EPSILON["linf"]
+    images = perturb_only(model, images, labels, generator)
+    noise = torch.empty(images.shape).uniform_(-NOISE * eps, NOISE * eps, generator=generator)
+    noisy = (images + common.send(noise, images.device)).clamp(0, 1).requires_grad_()
+    gradient, = torch.autograd.grad(F.cross_entropy(model(noisy).float(), labels), noisy)
+    return (noisy.detach() + eps * gradient.sign()).clamp(0, 1)
+
+
+def train_on(prepare, name, data, args, split, state_file):
+    """A model trained on the images that `prepare` makes, in eval mode, and the history of its training."""
+    images, labels = data["train"]
+    val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
+    val_images = common.perturbed_images(val_images, "val", args.seed)
+
+    def batches(generator):
+        return common.shuffled_batches(len(images), args.batch_size, generator)
+
+    def batch_loss(model, indices, generator):
+        target = labels[indices]
+        logits = model(prepare(model, common.as_float(images[indices]), target, generator)).float()
+        return F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING), (logits.argmax(1) == target).sum()
+
+    def evaluate(model):
+        pgd = common.pgd_accuracy_by_step(common.frozen(model), val_images[:PGD_IMAGES], val_labels[:PGD_IMAGES],
+                                          common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS)
+        return {**common.validation_scores(model, val_images, val_labels), "val_pgd": pgd[-1]}
+
+    torch.manual_seed(args.seed)
+    model = common.resnet18(len(common.CLASSES), args.stem).to(args.device)
+    recipe = common.training_recipe(args, f"q4 {name}", split, label_smoothing=LABEL_SMOOTHING, noise=NOISE,
+                                    eps=common.EPSILON["linf"])
+    history = common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
+    return model, history
+
+
+def draw_curves(folder, name, history):
+    """Figures 9 and 10: accuracy, with PGD-20's, and loss per epoch."""
+    common.plot_history(folder / f"figure09_accuracy_{name}.png", history,
+                        {"accuracy": "train, as trained on", "val_accuracy": "perturbed validation",
+                         "val_pgd": "perturbed validation, PGD-20"}, "accuracy")
+    common.plot_history(folder / f"figure10_loss_{name}.png", history,
+                        {"loss": "train, as trained on", "val_loss": "perturbed validation"}, "cross-entropy")
+
+
+def draw_umap(folder, name, model, data, perturbed_test, seed):
+    """Figures 11 and 12: UMAP fitted on perturbed train, and perturbed test in that map."""
+    train, test = (common.backbone_features(model, images)
+                   for images in (common.perturbed_images(data["train"][0], "train", seed), perturbed_test))
+    reducer = common.fit_umap(train, seed)
+    common.plot_maps(folder / f"figure11_umap_train_{name}.png",
+                     {"perturbed train": (reducer.embedding_, data["train"][1])}, reducer.embedding_)
+    common.plot_maps(folder / f"figure12_umap_test_{name}.png",
+                     {"perturbed test, in the map of train": (common.map_into(reducer, test), data["test"][1])},
+                     reducer.embedding_)
+
+
+if __name__ == "__main__":
+    common.run(main)

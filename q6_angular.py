@@ -1,0 +1,281 @@
+"""Question 6: the angular loss instead of cross-entropy, on clean data only; then questions 2 and 3 again.
+
+ResNet-18 with an L2-normalised embedding of 128 numbers, trained with pytorch-metric-learning's AngularLoss on
+batches of MPerClassSampler (all ten classes, many images of each). Accuracy is that of a vote of the 100 nearest
+training embeddings. See q5_angular_loss.md for the loss.
+
+Attacking a k-NN vote: the vote has no gradient, so FGM and PGD raise a soft k-NN loss, as the ASK attack does
+(Wang, Wang & Xu 2021, "Adversarial Soft K-nearest Neighbors"; here with all training images as neighbours), and the
+vote itself decides what the attack achieved. Random noise of the same size is measured beside it.
+
+The first weights: torchvision's ImageNet ones when they are in its cache or can be fetched, otherwise random ones
+with a warning; `--init scratch`, `--init imagenet` or `--init FILE` (a model.pt from the same split) to choose.
+
+Reads   results/q1/split.npz, CIFAR-10; results of q3 and q4 for the comparison, if they are there
+Writes  results/q6: model.pt, figure13 to figure16, angular_loss.png (the figure of question 5), metrics.json
+Run     python q6_angular.py
+"""
+
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+
+EMBEDDING = 128
+ALPHA = 40  # degrees
+NEIGHBOURS = 100
+TEMPERATURE = 0.1  # of the soft k-NN loss that attacks raise
+REFERENCE_IMAGES = 2_000  # training images that vote after each epoch; all of them vote at the end
+
+
+def main():
+    parser = common.argument_parser(__doc__)
+    common.add_training_flags(parser, epochs=25, batch_size=120, lr=0.1, stem="stride2")
+    parser.add_argument("--init", default="auto",
+                        help="first weights: imagenet, scratch, a checkpoint FILE, or auto (imagenet, else scratch)")
+    args = common.parse_arguments(parser)
+    folder = args.results / "q6"
+    split, data = common.load_data(args)
+    model, init = first_model(args, split)
+    origin = {**common.provenance(args, "q6", split), "init": init}
+    seconds = {}
+
+    history = train_embedding(model, data, args, split, init, folder / "training.pt")
+    seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
+    model_sha256 = common.save_checkpoint(folder / "model.pt", model, stem=args.stem, provenance=origin)
+    draw_curves(folder, history)
+    plot_angular_geometry(folder / "angular_loss.png")
+
+    (train_images, train_labels), (val_images, val_labels), (test_images, labels) = data.values()
+    images = common.as_float(test_images)
+    perturbed = common.perturbed_images(test_images, "test", args.seed)
+    with common.timed(seconds, "embed"):
+        train = embed(model, common.as_float(train_images))
+        test = embed(model, images)
+        val_accuracy = common.accuracy(vote(train, train_labels, embed(model, common.as_float(val_images))), val_labels)
+        retrieval = retrieval_quality(train, train_labels, test, labels)
+    loss, decide = soft_knn_loss(train, train_labels), knn_decision(train, train_labels)
+    with common.timed(seconds, "attack"):
+        measured = common.robustness(model, images, perturbed, labels, args.seed, loss, decide)
+    common.plot_examples(folder / "figure15_examples.png", model, images[:8], perturbed[:8], labels[:8], loss, decide)
+    with common.timed(seconds, "umap"):
+        draw_umap(folder, model, train, train_labels, test, images, perturbed, labels, loss, args.seed)
+
+    metrics = {**measured, "n_test": len(labels), "epsilon": common.EPSILON, "neighbours": NEIGHBOURS,
+               "val": {"accuracy": val_accuracy}, "retrieval": retrieval, "model_sha256": {"model.pt": model_sha256},
+               "history": history, "seconds": seconds}
+    common.write_metrics(folder, origin, metrics)
+    print(f"Started from: {init}")
+    common.print_conditions("Question 6: all models on test", {**common.measured_before(args, split),
+                                                               **common.models_of("q6", metrics)})
+
+
+def first_model(args, split):
+    """The untrained model, and where its weights come from: "scratch", "imagenet" or "FILE (sha256)".
+
+    A backbone keeps its first layer random where the stem differs from that of the given weights.
+    """
+    torch.manual_seed(args.seed)
+    model = common.resnet18(EMBEDDING, args.stem).to(args.device)
+    if args.init in ("auto", "imagenet"):
+        try:
+            weights, source = imagenet_weights(), "imagenet"
+        except (OSError, RuntimeError) as error:
+            if args.init == "imagenet":
+                raise common.UserError(f"torchvision's ImageNet weights cannot be fetched ({error}); connect to the "
+                                       "network, or use --init scratch") from error
+            print("WARNING: torchvision's ImageNet weights are neither in its cache nor to be fetched: "
+                  "TRAINING FROM SCRATCH, which is not what the assignment asks for.", file=sys.stderr)
+            return model, "scratch"
+    elif args.init == "scratch":
+        return model, "scratch"
+    else:
+        checkpoint = common.read_checkpoint(args.init)
+        if checkpoint["provenance"].get("split_sha256") != split["sha256"]:
+            raise common.UserError(f"{args.init} was trained on another split, so test images may be among its training "
+                                   f"images; use one from {args.results}, for instance {args.results / 'q2/model.pt'}")
+        weights = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint["weights"].items()
+                   if name.startswith("backbone.")}
+        source = f"{args.init} ({checkpoint['sha256']})"
+    if weights["conv1.weight"].shape != model.backbone.conv1.weight.shape:
+        weights["conv1.weight"] = model.backbone.conv1.weight.detach()
+    model.backbone.load_state_dict(weights)
+    return model, source
+
+
+def imagenet_weights():
+    """torchvision's ResNet-18 weights without the last layer, from its cache or the network."""
+    from torchvision.models import ResNet18_Weights
+
+    weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    return {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+
+
+def train_embedding(model, data, args, split, init, state_file):
+    """Train the model in place with the angular loss; returns the history."""
+    from pytorch_metric_learning.losses import AngularLoss
+    from pytorch_metric_learning.samplers import MPerClassSampler
+    from pytorch_metric_learning.utils import common_functions
+
+    images, labels = data["train"]
+    val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
+    if args.batch_size % len(common.CLASSES):
+        raise common.UserError(f"--batch-size {args.batch_size}: must be a multiple of {len(common.CLASSES)}, "
+                               "for as many images of each class; for instance 120")
+    angular_loss = AngularLoss(alpha=ALPHA)
+    sampler = MPerClassSampler(labels.cpu(), m=args.batch_size // len(common.CLASSES), batch_size=args.batch_size,
+                               length_before_new_iter=max(len(images), args.batch_size))
+
+    def batches(generator):
+        common_functions.NUMPY_RANDOM = np.random.RandomState(generator.initial_seed() % 2**32)
+        return list(torch.tensor(list(sampler)).split(args.batch_size))
+
+    def batch_loss(model, indices, generator):
+        batch = common.crop_and_flip(common.as_float(images[indices]), generator)
+        embeddings = F.normalize(model(batch).float())
+        return angular_loss(embeddings, labels[indices]), nearest_is_same_class(embeddings, labels[indices])
+
+    def evaluate(model):
+        train, val = (embed(model, common.as_float(part)) for part in (images[:REFERENCE_IMAGES], val_images))
+        predicted = vote(train, labels[:REFERENCE_IMAGES], val)
+        losses = [angular_loss(*batch).item() for batch in zip(val.split(args.batch_size), val_labels.split(args.batch_size))]
+        return {"val_loss": float(np.mean(losses)), "val_accuracy": common.accuracy(predicted, val_labels)}
+
+    recipe = common.training_recipe(args, "q6", split, init=init, alpha=ALPHA, embedding=EMBEDDING)
+    return common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
+
+
+def nearest_is_same_class(embeddings, labels):
+    """Number of images whose nearest other image of the batch is of their class."""
+    similarity = (embeddings @ embeddings.T).detach().fill_diagonal_(-2)
+    return (labels[similarity.argmax(1)] == labels).sum()
+
+
+def embed(model, images):
+    """L2-normalised embeddings, float32 N x EMBEDDING."""
+    return F.normalize(common.in_batches(common.frozen(model), images))
+
+
+def vote(train, train_labels, embeddings):
+    """The class of each embedding by its nearest training embeddings."""
+    return common.knn_predict(train, train_labels, embeddings, min(NEIGHBOURS, len(train)))
+
+
+def knn_decision(train, train_labels):
+    """The k-NN vote as a function of the model's output, for common.robustness."""
+    return lambda output: vote(train, train_labels, F.normalize(output))
+
+
+def soft_knn_loss(train, train_labels):
+    """Minus log of the share that the true class has among all training images, weighted by exp(cosine / TEMPERATURE).
+
+    Returns a function of the model's output N x EMBEDDING and labels N, summed over the batch.
+    """
+    same_class = F.one_hot(train_labels).bool().T
+
+    def loss(output, labels):
+        logits = F.normalize(output) @ train.T / TEMPERATURE
+        of_true_class = logits.masked_fill(~same_class[labels], -torch.inf)
+        return (logits.logsumexp(1) - of_true_class.logsumexp(1)).sum()
+
+    return loss
+
+
+def retrieval_quality(train, train_labels, test, test_labels):
+    """Precision at 1, R-precision and MAP@R of test queries among training embeddings (Musgrave et al. 2020)."""
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    largest_class = int(torch.bincount(train_labels).max())
+    calculator = AccuracyCalculator(include=names, k=largest_class, device=train.device, knn_func=nearest_neighbours)
+    return calculator.get_accuracy(test, test_labels, train, train_labels)
+
+
+def nearest_neighbours(query, k, reference, ref_includes_query=False):
+    """Exact k-NN in the form that AccuracyCalculator asks for, without faiss: squared distances and indices."""
+    found = [(2 - 2 * batch @ reference.T).topk(k, largest=False) for batch in query.split(1000)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def draw_curves(folder, history):
+    """Figure 13: accuracy and loss per epoch."""
+    common.plot_history(folder / "figure13_accuracy.png", history,
+                        {"accuracy": "train: nearest image of the batch",
+                         "val_accuracy": f"validation: {NEIGHBOURS}-NN among {REFERENCE_IMAGES} training images"}, "accuracy")
+    common.plot_history(folder / "figure13_loss.png", history,
+                        {"loss": "train (augmented)", "val_loss": "validation"}, "angular loss")
+
+
+def draw_umap(folder, model, train, train_labels, test, images, perturbed, labels, loss, seed):
+    """Figures 14 and 16: UMAP fitted on the training embeddings; test, perturbed and attacked test in that map."""
+    reducer = common.fit_umap(train, seed)
+    attacked = common.fgm(common.frozen(model), images, labels, common.EPSILON["linf"], loss=loss)
+
+    def placed(embeddings):
+        return common.map_into(reducer, embeddings), labels
+
+    common.plot_maps(folder / "figure14_umap.png", {"train": (reducer.embedding_, train_labels),
+                                                    "test, in the map of train": placed(test)}, reducer.embedding_)
+    common.plot_maps(folder / "figure16_umap.png", {"perturbed test": placed(embed(model, perturbed)),
+                                                    "test under FGM, eps = 8/255": placed(embed(model, attacked))},
+                     reducer.embedding_)
+
+
+def plot_angular_geometry(path):
+    """Draw the angle that a naive constraint bounds and, beside it, the angle that the angular loss bounds."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle
+
+    alpha = 40
+    p, a, n = np.array([-1, 0]), np.array([1, 0]), np.array([1.4, 1.2])
+    moved = np.array([1.12, 0.08])  # a worse place for the negative: almost on top of a
+    c, radius = (a + p) / 2, np.linalg.norm(a - p) / 2
+    m = c + radius * np.array([c[1] - n[1], n[0] - c[0]]) / np.linalg.norm(n - c)  # n - c, turned by 90 degrees
+    grid = np.stack(np.meshgrid(np.linspace(-2, 2.6, 461), np.linspace(-1.5, 1.9, 341)), axis=-1)
+
+    def naive(x):
+        """Angle in degrees that the segment from p to a fills, seen from x (one point or a grid of points)."""
+        u, v = a - x, p - x
+        cross = u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
+        return np.degrees(np.arctan2(np.abs(cross), (u * v).sum(-1)))
+
+    def repaired(x):
+        """Angle n' in degrees: tan n' = |a - p| / (2 |x - c|)."""
+        return np.degrees(np.arctan2(radius, np.linalg.norm(x - c, axis=-1)))
+
+    def draw_point(axes, point, label, colour, offset):
+        axes.plot(*point, "o", color=colour, markersize=7)
+        axes.annotate(label, point, offset, textcoords="offset points")
+
+    def mark_angle(axes, corner, first, second):
+        turn = np.linspace(*(np.arctan2(*(point - corner)[::-1]) for point in (first, second)))
+        axes.plot(corner[0] + 0.25 * np.cos(turn), corner[1] + 0.25 * np.sin(turn), "k", linewidth=1)
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, angle, name, triangle in ((left, naive, "n", (p, a, n)), (right, repaired, "n'", (m, c, n))):
+        axes.contourf(*np.moveaxis(grid, -1, 0), angle(grid), levels=[alpha, 180], colors=["#f6dfc8"])
+        axes.fill(*np.transpose(triangle), fill=False, linewidth=1.2)
+        mark_angle(axes, n, *triangle[:2])
+        draw_point(axes, a, "$x_a$", "tab:blue", (-20, -16))
+        draw_point(axes, p, "$x_p$", "tab:blue", (-20, -16))
+        draw_point(axes, n, f"$x_n$,  ${name}$ = {angle(n):.0f}°", "tab:red", (8, 7))
+        draw_point(axes, moved, f"$x_n$ moved,  ${name}$ = {angle(moved):.0f}°", "tab:orange", (14, -3))
+        axes.set(xlabel=f"shaded: ${name}$ > {alpha}°, the constraint is violated", aspect="equal", xticks=[], yticks=[])
+
+    left.set_title("naive constraint: angle $n$ of the triangle $x_a, x_p, x_n$")
+    left.fill(*np.transpose((p, a, moved)), fill=False, linestyle="--")
+    right.set_title("angular loss: angle $n'$ of the triangle $x_m, x_c, x_n$")
+    right.plot(*np.transpose((p, a)), "k:")
+    right.add_patch(Circle(c, radius, fill=False, color="tab:blue"))
+    mark_angle(right, c, n, m)
+    draw_point(right, c, "$x_c$,  90°", "tab:green", (-8, -16))
+    draw_point(right, m, "$x_m$", "tab:green", (-22, 5))
+    common.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    common.run(main)
