@@ -53,3 +53,4 @@ bench: .venv/installed
 	$(VENV) tests/bench.py --data $(DATA)
 
 .PHONY: all quick test stress bench
+.NOTPARALLEL:  # two trainings at once would share the cores and take longer

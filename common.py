@@ -585,7 +585,7 @@ def _torch_load(content, path, made_by):
 
 # ---- 7. Evaluation -----------------------------------------------------------------------------
 
-EVALUATION_BATCH = 250
+EVALUATION_BATCH = 500
 
 
 def frozen(model):
@@ -1119,8 +1119,18 @@ def _git_commit():
 
 def write_metrics(folder, origin, metrics):
     """Write `metrics.json`: provenance first, then the question's own numbers. It is a script's last file."""
-    text = json.dumps({**origin, **metrics}, indent=1, allow_nan=False)
+    text = json.dumps({**origin, **metrics, "peak_memory_mib": _peak_memory_mib()}, indent=1, allow_nan=False)
     write_file(Path(folder) / "metrics.json", text.encode())
+
+
+def _peak_memory_mib():
+    """The most main memory that this process has held, in MiB; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
 def read_metrics(path, made_by):

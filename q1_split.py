@@ -18,7 +18,7 @@ import torch
 import common
 
 PER_CLASS = {"train": 1200, "val": 2400, "test": 2400}
-QUICK_PER_CLASS = {"train": 120, "val": 60, "test": 60}
+QUICK_PER_CLASS = {"train": 100, "val": 30, "test": 30}
 OFFICIAL_TRAIN_PER_CLASS = 1000
 NEAR_DUPLICATE = 0.95  # correlation of the pixels from which two images count as the same picture: looked at, it is
 

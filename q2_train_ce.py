@@ -21,7 +21,7 @@ CALIBRATION_BINS = 15  # as in Guo et al. 2017
 
 def main():
     parser = common.argument_parser(__doc__)
-    common.add_training_flags(parser, epochs=40, batch_size=128, lr=0.2, stem="stride2")
+    common.add_training_flags(parser, epochs=28, batch_size=64, lr=0.1, stem="stride2")
     args = common.parse_arguments(parser)
     folder = args.results / "q2"
     split, data = common.load_data(args)
