@@ -52,7 +52,7 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         command = " ".join(["python", *sys.argv])
@@ -71,7 +71,7 @@ def argument_parser(docstring):
     add = parser.add_argument
     add("--data", type=Path, default=Path("data"), help="folder that holds cifar-10-batches-py; fetched if absent (data)")
     add("--results", type=Path, help="folder for everything written (results, or results-quick with --quick)")
-    add("--seed", type=_seed, default=0, help="seed of every random number (0)")
+    add("--seed", type=_whole_number(0, 2**31 - 1), default=0, help="seed of every random number (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to compute (auto: the best there is)")
     add("--quick", action="store_true", help="tiny subset, few epochs: shows that everything works, its numbers mean nothing")
     return parser
@@ -80,9 +80,9 @@ def argument_parser(docstring):
 def add_training_flags(parser, *, epochs, batch_size, lr, stem):
     """Add the flags of the scripts that train; the arguments are their defaults."""
     add = parser.add_argument
-    add("--epochs", type=_positive_int, help=f"passes over the training images ({epochs}; 2 with --quick)")
-    add("--batch-size", type=_positive_int, default=batch_size, help=f"images per step ({batch_size})")
-    add("--lr", type=_positive_float, default=lr, help=f"peak learning rate ({lr})")
+    add("--epochs", type=_whole_number(1, 10_000), help=f"passes over the training images ({epochs}; 2 with --quick)")
+    add("--batch-size", type=_whole_number(1, 100_000), default=batch_size, help=f"images per step ({batch_size})")
+    add("--lr", type=_positive_number, default=lr, help=f"peak learning rate ({lr})")
     add("--stem", choices=STEMS, default=stem, help=f"first layer of the ResNet-18, see common.resnet18 ({stem})")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the arithmetic in training (auto: bfloat16 where the processor has instructions for it)")
@@ -123,28 +123,28 @@ def _pick_precision(name, device):
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.10 or so
+        native = device == "cpu" and capabilities.get("avx512_bf16", False)
     return "bfloat16" if native else "float32"
 
 
-def _seed(text):
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2147483647")
-    return value
+def _whole_number(low, high):
+    """An argparse type."""
+    def parse(text):
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+    return parse
 
 
-def _positive_int(text):
-    value = int(text)
-    if not 0 < value <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number up to 1000000")
-    return value
-
-
-def _positive_float(text):
-    value = float(text)
+def _positive_number(text):
+    """An argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
 
 
@@ -165,6 +165,10 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        if os.name == "posix":  # the new name, too, must be on the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -217,11 +221,14 @@ def load_cifar10(root):
     folder = Path(root) / dataset.base_folder
     if not folder.exists():
         _download(dataset, root)
-    for name, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
-        if not check_integrity(str(folder / name), md5):
-            raise UserError(f"{folder / name} is missing or damaged (wrong MD5); delete {folder} "
-                            "and run again to fetch it anew, or give --data a good copy")
-    parts = [dataset(root, train=True), dataset(root, train=False)]
+    try:
+        for name, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
+            if not check_integrity(str(folder / name), md5):
+                raise UserError(f"{folder / name} is missing or damaged (wrong MD5); delete {folder} "
+                                "and run again to fetch it anew, or give --data a good copy")
+        parts = [dataset(root, train=True), dataset(root, train=False)]
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}; give --data a folder that you may read") from error
     images = torch.from_numpy(np.concatenate([part.data for part in parts])).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor(parts[0].targets + parts[1].targets)
     return images, labels
@@ -517,13 +524,13 @@ def read_checkpoint(path, made_by="the script of its question"):
     content = read_file(path, made_by=made_by)
     checkpoint = _torch_load(content, path, made_by)
     try:
+        weights, num_outputs = checkpoint["weights"], checkpoint["num_outputs"]
+        if type(num_outputs) is not int or not 1 <= num_outputs <= 1000:
+            raise ValueError("a network of that size is none of ours, and building it could fill the memory")
         with torch.random.fork_rng(devices=[]):
-            expected = resnet18(checkpoint["num_outputs"], checkpoint["stem"]).state_dict()
-        weights = checkpoint["weights"]
+            expected = resnet18(num_outputs, checkpoint["stem"]).state_dict()
         valid = (
-            isinstance(checkpoint["provenance"], dict)
-            and 1 <= checkpoint["num_outputs"] <= 1000 and checkpoint["stem"] in STEMS
-            and weights.keys() == expected.keys()
+            isinstance(checkpoint["provenance"], dict) and weights.keys() == expected.keys()
             and all(weights[name].shape == tensor.shape and weights[name].dtype == tensor.dtype
                     and bool(weights[name].isfinite().all()) for name, tensor in expected.items())
         )
@@ -607,7 +614,7 @@ def frozen(model):
 
 def in_batches(function, images):
     """`function` over images in batches, without gradients; its results one after the other."""
-    with torch.inference_mode():
+    with torch.no_grad():
         return torch.cat([function(batch) for batch in images.split(EVALUATION_BATCH)])
 
 
@@ -785,7 +792,7 @@ def fgm_accuracies(model, images, labels, attacks, loss=summed_cross_entropy, de
         for number, (norm, eps) in enumerate(attacks, start=1):
             adversarial = (batch + eps * _direction(gradient, norm)).clamp(0, 1)
             _assert_allowed(adversarial, batch, eps, norm)
-            with torch.inference_mode():
+            with torch.no_grad():
                 correct[number] += (decide(model(adversarial)) == target).sum().cpu()
     return (correct.double() / len(images)).tolist()
 
