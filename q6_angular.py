@@ -126,11 +126,14 @@ def train_embedding(model, data, args, split, init, state_file):
         raise common.UserError(f"--batch-size {args.batch_size}: must be a multiple of {len(common.CLASSES)}, "
                                "for as many images of each class; for instance 120")
     angular_loss = AngularLoss(alpha=ALPHA)
-    sampler = MPerClassSampler(labels.cpu(), m=args.batch_size // len(common.CLASSES), batch_size=args.batch_size,
-                               length_before_new_iter=max(len(images), args.batch_size))
+    per_class = args.batch_size // len(common.CLASSES)
+    epoch_length = max(len(images), args.batch_size)
 
     def batches(generator):
+        # The sampler draws from a global of its library and remembers the order of its classes from epoch to epoch:
+        # a fresh one with its own seed makes an epoch the same whether or not training was interrupted before it.
         common_functions.NUMPY_RANDOM = np.random.RandomState(generator.initial_seed() % 2**32)
+        sampler = MPerClassSampler(labels.cpu(), per_class, args.batch_size, epoch_length)
         return list(torch.tensor(list(sampler)).split(args.batch_size))
 
     def batch_loss(model, indices, generator):
