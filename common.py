@@ -852,11 +852,17 @@ def attack_checks(model, images, labels, values, seed, loss, decide):
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 WARMUP = 0.2  # share of all steps in which the learning rate rises linearly; then it falls linearly to 0
+_LOWER_RATE = "lower --lr and start over with --fresh"
 VALIDATION_SUBSET = 2_000  # the first validation images (q1 has shuffled them), scored after each epoch
 
 
 def shuffled_batches(number, batch_size, generator):
-    """An epoch over `number` images: int64 index tensors of batch_size each, the incomplete last one left out."""
+    """An epoch over `number` images: int64 index tensors of batch_size each, the incomplete last one left out.
+
+    Raises UserError when there are fewer images than one batch.
+    """
+    if number < batch_size:
+        raise UserError(f"--batch-size {batch_size}: there are only {number} training images; give a smaller one")
     batches = torch.randperm(number, generator=generator).split(batch_size)
     return [batch for batch in batches if len(batch) == batch_size]
 
@@ -904,6 +910,9 @@ def train(model, batches, batch_loss, evaluate, args, recipe, state_file):
         mean_loss = _finite_mean(losses, epoch)
         seconds = time.perf_counter() - started
         history.append({"loss": mean_loss, "accuracy": float(correct) / seen, "seconds": seconds, **evaluate(model)})
+        for name, value in history[-1].items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} became {value} at the end of epoch {epoch + 1}; {_LOWER_RATE}")
         progress.finish(history[-1])
         write_file(state_file, _torch_bytes({"recipe": recipe, "history": history, "model": model.state_dict(),
                                              "optimizer": optimizer.state_dict()}))
@@ -961,8 +970,7 @@ def _finite_mean(losses, epoch):
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
         step = int(wrong[0])
-        raise UserError(f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}; "
-                        "lower --lr and start over with --fresh")
+        raise UserError(f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}; {_LOWER_RATE}")
     return losses.mean().item()
 
 
