@@ -82,7 +82,7 @@ def add_training_flags(parser, *, epochs, batch_size, lr, stem):
     """Add the flags of the scripts that train; the arguments are their defaults."""
     add = parser.add_argument
     add("--epochs", type=_whole_number(1, 10_000), help=f"passes over the training images ({epochs}; 2 with --quick)")
-    add("--batch-size", type=_whole_number(1, 100_000), default=batch_size, help=f"images per step ({batch_size})")
+    add("--batch-size", type=_whole_number(2, 100_000), default=batch_size, help=f"images per step ({batch_size})")
     add("--lr", type=_positive_number, default=lr, help=f"peak learning rate ({lr})")
     add("--stem", choices=STEMS, default=stem, help=f"first layer of the ResNet-18, see common.resnet18 ({stem})")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -168,8 +168,10 @@ def write_file(path, content):
         os.replace(partial, path)
         if os.name == "posix":  # the new name, too, must be on the disk
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -729,7 +731,10 @@ def _direction(gradient, norm):
     if norm == "linf":
         return gradient.sign()
     if norm == "l2":
-        return gradient / _l2_norm(gradient).clamp_min(1e-30)
+        # A confident model's gradients are so small that their squares are 0 in float32: bring them to size 1 first.
+        largest = gradient.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
+        gradient = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
+        return gradient / _l2_norm(gradient).clamp_min(1e-12)
     raise ValueError(f"norm is {norm!r}, not 'linf' or 'l2'")
 
 
@@ -1138,8 +1143,15 @@ def _git_commit():
 
 def write_metrics(folder, origin, metrics):
     """Write `metrics.json`: provenance first, then the question's own numbers. It is a script's last file."""
-    text = json.dumps({**origin, **metrics, "peak_memory_mib": _peak_memory_mib()}, indent=1, allow_nan=False)
-    write_file(Path(folder) / "metrics.json", text.encode())
+    metrics = {**origin, **metrics, "peak_memory_mib": _peak_memory_mib()}
+    metrics["checksum"] = _metrics_checksum(metrics)
+    write_file(Path(folder) / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False).encode())
+
+
+def _metrics_checksum(metrics):
+    """SHA-256 of all entries but the checksum itself."""
+    rest = {key: value for key, value in metrics.items() if key != "checksum"}
+    return sha256(json.dumps(rest, sort_keys=True).encode())
 
 
 def _peak_memory_mib():
@@ -1153,15 +1165,15 @@ def _peak_memory_mib():
 
 
 def read_metrics(path, made_by):
-    """A question's metrics.json as a dict. Raises UserError when it is missing or damaged."""
+    """A question's metrics.json as a dict. Raises UserError when it is missing, or changed since it was written."""
     content = read_file(path, made_by=made_by)
     try:
         metrics = json.loads(content)
-        valid = isinstance(metrics, dict) and isinstance(metrics.get("split_sha256"), str)
-    except ValueError as error:
+        valid = isinstance(metrics, dict) and metrics.get("checksum") == _metrics_checksum(metrics)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged; make it again with: {made_by}") from error
     if not valid:
-        raise UserError(f"{path} is not one of our metrics files; make it again with: {made_by}")
+        raise UserError(f"{path} is not as our scripts wrote it (wrong checksum); make it again with: {made_by}")
     return metrics
 
 

@@ -59,9 +59,8 @@ def draw_umap(folder, model, data, images, perturbed, labels, seed):
 
     The map is fitted again from the same features with the same seed: cheaper to trust than a pickled reducer.
     """
-    model = common.frozen(model)
     reducer = common.fit_umap(common.backbone_features(model, common.as_float(data["train"][0])), seed)
-    attacked = common.fgm(model, images, labels, common.EPSILON["linf"])
+    attacked = common.fgm(common.frozen(model), images, labels, common.EPSILON["linf"])
     panels = {title: (common.map_into(reducer, common.backbone_features(model, changed)), labels)
               for title, changed in (("perturbed test", perturbed), ("test under FGM, eps = 8/255", attacked))}
     common.plot_maps(folder / "figure08_umap.png", panels, reducer.embedding_)

@@ -122,9 +122,9 @@ def train_embedding(model, data, args, split, init, state_file):
 
     images, labels = data["train"]
     val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
-    if args.batch_size % len(common.CLASSES):
-        raise common.UserError(f"--batch-size {args.batch_size}: must be a multiple of {len(common.CLASSES)}, "
-                               "for as many images of each class; for instance 120")
+    if args.batch_size % len(common.CLASSES) or args.batch_size < 2 * len(common.CLASSES):
+        raise common.UserError(f"--batch-size {args.batch_size}: must be a multiple of {len(common.CLASSES)} and at least "
+                               "twice that, for as many images of each class and a positive pair; for instance 120")
     angular_loss = AngularLoss(alpha=ALPHA)
     per_class = args.batch_size // len(common.CLASSES)
     epoch_length = max(len(images), args.batch_size)

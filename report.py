@@ -19,7 +19,18 @@ QUESTIONS = ("q1", "q2", "q3", "q4", "q6")
 def main():
     args = common.parse_arguments(common.argument_parser(__doc__))
     found = read_results(args)
-    refuse_mixtures(found, args)
+    try:
+        refuse_mixtures(found, args)
+        blocks = assemble(found)
+    except (KeyError, TypeError) as error:
+        raise common.UserError(f"a metrics.json in {args.results} lacks {error}; run the scripts of this version again") from error
+    common.write_file(args.results / "report.md", markdown(blocks).encode())
+    common.write_file(args.results / "report.html", html_page(blocks, args.results).encode())
+    print(f"Report: {args.results / 'report.html'} (self-contained) and {args.results / 'report.md'}")
+
+
+def assemble(found):
+    """The whole report as a list of blocks (see the sections below). found: dict from question to its metrics."""
     blocks = introduction(found)
     for question, section in {"q1": split_section, "q2": training_section, "q3": attack_section,
                               "q4": adversarial_section, "q6": angular_section}.items():
@@ -28,11 +39,7 @@ def main():
         if question == "q4":
             blocks += [("heading", "Question 5: the angular loss"),
                        ("text", "Explained in q5_angular_loss.md, which lies beside the scripts.")]
-    blocks += comparison(found)
-    blocks += origin_section(found)
-    common.write_file(args.results / "report.md", markdown(blocks).encode())
-    common.write_file(args.results / "report.html", html_page(blocks, args.results).encode())
-    print(f"Report: {args.results / 'report.html'} (self-contained) and {args.results / 'report.md'}")
+    return blocks + comparison(found) + origin_section(found)
 
 
 def read_results(args):

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import datasets, transforms
-from torchvision.transforms import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402  (it lies one folder up)

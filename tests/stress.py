@@ -1,0 +1,40 @@
+"""The long form of test_resume.py and test_errors.py, half an hour: make stress"""
+
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+import common
+import helpers
+
+MODELS = {"q2": ["model.pt"], "q4": ["perturbed.pt", "perturbed_fgm_trained.pt"], "q6": ["model.pt"]}
+
+
+@pytest.mark.parametrize("question", MODELS)
+def test_a_script_killed_ten_times_ends_with_the_same_weights(cifar10, tmp_path, question):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for results in (whole, killed):
+        subprocess.run(helpers.quick_script("q1", cifar10, results), check=True)
+    started = time.monotonic()
+    subprocess.run(helpers.quick_script(question, cifar10, whole), check=True)
+    seconds = time.monotonic() - started
+
+    rng = random.Random(question)
+    command = helpers.quick_script(question, cifar10, killed)
+    statuses = [helpers.send_signal(command, signal.SIGKILL, rng.uniform(0, seconds))[0] for _ in range(10)]
+    assert set(statuses) <= {-signal.SIGKILL, 0}  # 0: it ended before
+    assert statuses.count(-signal.SIGKILL) >= 5
+    subprocess.run(command, check=True)
+
+    for name in MODELS[question]:
+        found, expected = (common.read_checkpoint(results / question / name)["weights"] for results in (killed, whole))
+        helpers.assert_same_bits(found, expected)
+    assert not list(killed.rglob("*.part"))
+
+
+@pytest.mark.parametrize("seed, target", list(enumerate(helpers.FUZZ_TARGETS, start=100)))
+def test_five_hundred_randomly_damaged_files_are_noticed(tmp_path, seed, target):
+    helpers.assert_survives_fuzzing(target, tmp_path, number=125, seed=seed)

@@ -1,0 +1,231 @@
+"""The attacks and what is measured with them."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import q4_adv_train
+
+EPS = 8 / 255
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A linear classifier of ten classes, in eval mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A small network that is not linear, in eval mode."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Images of noise in which many values are 0 or 1, so that clipping matters."""
+    return (1.4 * torch.rand(600, 3, 32, 32, generator=torch.Generator().manual_seed(2)) - 0.2).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def labels():
+    return torch.arange(600) % 10
+
+
+def gradient_of_linear(model, images, labels):
+    """Cross-entropy's gradient at the images by its formula, (softmax - one-hot) W."""
+    weight, bias = model[1].weight.detach(), model[1].bias.detach()
+    probabilities = (images.flatten(1) @ weight.T + bias).softmax(1)
+    return ((probabilities - F.one_hot(labels, 10)) @ weight).view_as(images)
+
+
+# ---- FGM and PGD -------------------------------------------------------------------------------
+
+
+def test_fgm_in_linf_is_a_step_along_the_gradients_sign(linear, images, labels):
+    expected = (images + EPS * gradient_of_linear(linear, images, labels).sign()).clamp(0, 1)
+    assert torch.allclose(common.fgm(linear, images, labels, EPS), expected, atol=1e-6)
+
+
+def test_fgm_in_l2_is_a_step_along_the_gradient_of_length_eps(linear, images, labels):
+    gradient = gradient_of_linear(linear, images, labels)
+    length = gradient.square().sum((1, 2, 3), keepdim=True).sqrt()
+    expected = (images + 0.5 * gradient / length).clamp(0, 1)
+    assert torch.allclose(common.fgm(linear, images, labels, 0.5, "l2"), expected, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_classes():
+    """A linear classifier of two classes: its gradient has the same direction everywhere, for each label."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)).eval()
+    towards_class_1 = (model[1].weight[1] - model[1].weight[0]).detach().view(1, 3, 32, 32)
+    return model, towards_class_1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_pgd_in_linf_walks_straight_to_the_edge_of_the_ball(two_classes, images, steps):
+    model, towards_class_1 = two_classes
+    labels = torch.arange(len(images)) % 2
+    direction = towards_class_1.sign() * (1 - 2 * labels).view(-1, 1, 1, 1)
+    expected = (images + min(steps * 2 / 255, EPS) * direction).clamp(0, 1)
+    assert torch.allclose(common.pgd(model, images, labels, EPS, 2 / 255, steps), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_pgd_in_l2_walks_straight_to_the_edge_of_the_ball(two_classes, images, steps):
+    model, towards_class_1 = two_classes
+    inner = 0.3 + 0.4 * images  # so far from 0 and 1 that nothing is clipped
+    labels = torch.zeros(len(images), dtype=torch.long)
+    expected = inner + min(steps * 0.1, 0.5) * towards_class_1 / towards_class_1.norm()
+    assert torch.allclose(common.pgd(model, inner, labels, 0.5, 0.1, steps, "l2"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm, eps, step_size", [("linf", EPS, 5 / 255), ("l2", 0.5, 0.4)])
+def test_pgd_stays_in_the_ball_and_among_images(network, images, labels, norm, eps, step_size):
+    adversarial = common.pgd(network, images, labels, eps, step_size, 7, norm)
+    change = (adversarial - images).flatten(1)
+    size = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
+    assert size.max() <= eps + 1e-6 and size.max() > 0.9 * eps
+    assert adversarial.min() >= 0 and adversarial.max() <= 1
+
+
+def test_pgd_raises_the_loss_more_than_fgm(network, images, labels):
+    clean, fgm, pgd = (F.cross_entropy(network(each), labels) for each in (
+        images, common.fgm(network, images, labels, EPS), common.pgd(network, images, labels, EPS, 2 / 255, 20)))
+    assert clean < fgm < pgd
+
+
+def test_an_l2_attack_keeps_its_bounds_where_the_squared_gradient_underflows(linear, images, labels):
+    """A classifier that is sure of itself has gradients whose squares are below float32's smallest number."""
+    correct = linear(images).argmax(1)
+    sure = copy.deepcopy(linear)
+    with torch.no_grad():
+        margin = linear(images).topk(2).values.diff().abs()
+        chosen = margin[:, 0] > margin.median()
+        sure[1].weight *= 60 / margin.median()
+        sure[1].bias *= 60 / margin.median()
+    adversarial = common.fgm(sure, images[chosen], correct[chosen], 0.5, "l2")
+    assert (adversarial - images[chosen]).flatten(1).norm(dim=1).max() <= 0.5 + 1e-5
+
+
+def test_an_unknown_norm_is_refused(linear, images, labels):
+    with pytest.raises(ValueError, match="l1"):
+        common.fgm(linear, images, labels, EPS, "l1")
+
+
+def test_attacks_leave_the_model_as_it_is(images, labels):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 10)).train()
+    before = copy.deepcopy(model.state_dict())
+    common.robustness(model, images[:50], images[50:100], labels[:50], seed=0)
+    assert model.training
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    model.eval()
+    common.fgm(model, images, labels, EPS)
+    common.pgd(model, images, labels, EPS, 2 / 255, 2)
+    assert not model.training
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+
+
+def test_random_noise_moves_every_value_by_eps_or_to_the_edge(images):
+    noisy = common.random_noise(images, EPS, torch.Generator().manual_seed(0))
+    up, down = (images + EPS).clamp(0, 1), (images - EPS).clamp(0, 1)
+    went_up, went_down = noisy == up, noisy == down
+    assert (went_up | went_down).all()
+    assert went_up.double().mean() == pytest.approx(0.5, abs=0.01)
+
+
+# ---- Accuracy under attack ---------------------------------------------------------------------
+
+
+def test_fgm_accuracies_are_those_of_the_attacked_images(network, images, labels):
+    labels = network(images).argmax(1).where(torch.arange(600) % 5 > 0, labels)  # four fifths right
+    attacks = [("linf", 1 / 255), ("linf", EPS), ("l2", 0.2)]
+    expected = [common.accuracy(network(images).argmax(1), labels)]
+    expected += [common.accuracy(network(common.fgm(network, images, labels, eps, norm)).argmax(1), labels) for norm, eps in attacks]
+    assert common.fgm_accuracies(network, images, labels, attacks) == expected
+    assert expected[0] > expected[1] > expected[2]
+
+
+def test_pgd_by_step_counts_the_images_that_no_step_so_far_has_fooled():
+    def wavy(images):
+        """Class 0 where a wave over the mean brightness is positive: steps of over half its length jump back and forth."""
+        wave = (2 * math.pi * images.mean((1, 2, 3)) / 0.05).cos()
+        return torch.stack([wave, torch.zeros_like(wave)], dim=1)
+
+    images, labels = torch.linspace(0.3, 0.7, 199).view(-1, 1, 1, 1).expand(-1, 3, 4, 4), torch.zeros(199, dtype=torch.long)
+    alive, expected = torch.ones(199, dtype=torch.bool), []
+    for steps in range(6):
+        right = wavy(common.pgd(wavy, images, labels, 0.2, 0.03, steps) if steps else images).argmax(1) == labels
+        alive &= right
+        expected.append(alive.double().mean().item())
+    assert common.pgd_accuracy_by_step(wavy, images, labels, 0.2, 0.03, 5) == expected
+    assert expected[0] > expected[-1] > 0
+    assert (right & ~alive).any()  # some images recover, and stay counted as lost
+
+
+class Quantise(nn.Module):
+    """Rounds its input to five levels, which leaves no gradient: the simplest defence that only masks gradients."""
+
+    def forward(self, images):
+        return (4 * images).round() / 4
+
+
+@pytest.fixture(scope="module")
+def matched():
+    """A linear classifier that is right about images of faint patterns in noise, and those images with their labels."""
+    torch.manual_seed(5)
+    patterns = torch.randn(10, 3072).sign()
+    labels = torch.arange(500) % 10
+    images = (0.5 + 0.02 * patterns[labels] + 0.1 * torch.randn(500, 3072)).clamp(0, 1).view(-1, 3, 32, 32)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
+    model[1].weight.data = 0.1 * patterns
+    model[1].bias.data = -0.05 * patterns.sum(1)  # so that mid-grey, on which the patterns lie, counts for no class
+    return model, images, labels
+
+
+def test_a_plain_model_gives_no_warning(matched):
+    model, images, labels = matched
+    measured = common.robustness(model, images, images, labels, seed=0)
+    assert measured["accuracy"]["clean"] > 0.99 and measured["accuracy"]["fgm"] < 0.01
+    assert measured["checks"]["noise"] > 0.99
+    assert measured["warnings"] == []
+
+
+def test_masked_gradients_give_warnings(matched):
+    model, images, labels = matched
+    measured = common.robustness(nn.Sequential(Quantise(), model), images, images, labels, seed=0)
+    assert measured["accuracy"]["pgd"] == measured["accuracy"]["clean"] > 0.5
+    text = " ".join(measured["warnings"])
+    assert "Random noise" in text and "eps = 1" in text
+
+
+def test_catastrophic_overfitting_gives_a_warning():
+    values = {"clean": 0.9, "fgm": 0.8, "pgd": 0.0}
+    model, image = nn.Flatten(), torch.zeros(1, 10, 1, 1)
+    _, warnings = common.attack_checks(model, image, torch.tensor([0]), values, 0, common.summed_cross_entropy, common.most_likely)
+    assert any("far weaker than PGD" in warning for warning in warnings)
+
+
+# ---- The attack in question 4's training -------------------------------------------------------
+
+
+def test_n_fgsm_goes_up_the_loss_from_noise_of_twice_eps(network, images, labels):
+    attacked = q4_adv_train.perturb_and_attack(network, images, labels, torch.Generator().manual_seed(0))
+    perturbed = q4_adv_train.perturb_only(network, images, labels, torch.Generator().manual_seed(0))
+    change = (attacked - perturbed) / EPS
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    assert 2.9 < change.abs().max() <= 3 + 1e-4
+    noisy = (perturbed + 2 * EPS * (2 * torch.rand_like(perturbed) - 1)).clamp(0, 1)
+    assert F.cross_entropy(network(attacked), labels) > F.cross_entropy(network(noisy), labels) + 0.01
+    assert all(weight.grad is None for weight in network.parameters())

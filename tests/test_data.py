@@ -1,0 +1,260 @@
+"""The data and its split, the perturbation and the augmentation."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare, kstest, uniform
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tvf
+
+import common
+import helpers
+import q1_split
+
+TVF_STEPS = (("brightness", tvf.adjust_brightness), ("contrast", tvf.adjust_contrast),
+             ("saturation", tvf.adjust_saturation), ("hue", tvf.adjust_hue))
+
+
+# ---- Data --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(cifar10, tmp_path):
+    """The synthetic data with links for files, but data_batch_3 is a copy with one byte changed."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for path in (cifar10 / "cifar-10-batches-py").iterdir():
+        (folder / path.name).symlink_to(path)
+    content = bytearray((folder / "data_batch_3").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "data_batch_3").unlink()
+    (folder / "data_batch_3").write_bytes(content)
+    return tmp_path
+
+
+@pytest.fixture
+def no_unpickling(monkeypatch):
+    monkeypatch.setattr(pickle, "load", lambda *args, **options: pytest.fail("a file was unpickled"))
+
+
+def test_images_come_as_the_five_training_files_and_then_the_test_file(cifar10, loaded):
+    images, labels = loaded
+    assert images.shape == (60_000, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    for index, name, row in ((0, "data_batch_1", 0), (12_345, "data_batch_2", 2_345), (49_999, "data_batch_5", 9_999),
+                             (50_000, "test_batch", 0), (59_999, "test_batch", 9_999)):
+        content = pickle.loads((cifar10 / "cifar-10-batches-py" / name).read_bytes())
+        assert images[index].flatten().tolist() == content["data"][row].tolist()
+        assert labels[index] == content["labels"][row]
+
+
+def test_a_changed_byte_is_noticed_before_anything_is_unpickled(damaged, no_unpickling):
+    with pytest.raises(common.UserError, match="is not the data"):
+        common.load_cifar10(damaged)
+
+
+def test_without_the_variable_only_the_published_files_are_unpickled(cifar10, no_unpickling, monkeypatch):
+    monkeypatch.delenv("SYNTHETIC_CIFAR10_SHA256")
+    with pytest.raises(common.UserError, match="data_batch_1 is missing or damaged"):
+        common.load_cifar10(cifar10)
+
+
+# ---- Split -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labels():
+    """Labels of 60,000 images, 5,000 of each class in the official training file and 1,000 in its test file."""
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.permutation(np.arange(number) % 10) for number in (50_000, 10_000)])
+
+
+@pytest.mark.parametrize("protocol, sizes", [("pooled", (1200, 2400, 2400)), ("official", (1000, 4000, 1000))])
+def test_parts_are_disjoint_and_hold_equally_many_of_each_class(labels, protocol, sizes):
+    parts = q1_split.draw_split(labels, protocol, seed=0, quick=False)
+    everything = np.concatenate(list(parts.values()))
+    assert len(np.unique(everything)) == len(everything) == 60_000
+    for part, size in zip((parts["train"], parts["val"], parts["test"]), sizes):
+        assert np.bincount(labels[part]).tolist() == [size] * 10
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_official_protocol_tests_on_the_official_test_file_only(labels, quick):
+    parts = q1_split.draw_split(labels, "official", seed=0, quick=quick)
+    assert parts["test"].min() >= 50_000
+    assert max(parts["train"].max(), parts["val"].max()) < 50_000
+
+
+@pytest.mark.parametrize("protocol", ["pooled", "official"])
+def test_the_seed_decides_the_split(labels, protocol):
+    first, again, other = (q1_split.draw_split(labels, protocol, seed, quick=False) for seed in (3, 3, 4))
+    for name in first:
+        assert np.array_equal(first[name], again[name])
+        assert set(first[name]) != set(other[name]) or (protocol, name) == ("official", "test")
+
+
+def test_parts_are_shuffled(labels):
+    """Scores on the first images of a part stand for the part, so classes must not come in order."""
+    for part in q1_split.draw_split(labels, "pooled", seed=0, quick=False).values():
+        assert np.bincount(labels[part[:2000]]).min() > 150
+
+
+def test_a_split_is_read_as_it_was_saved(tmp_path):
+    saved = helpers.tiny_split()
+    common.save_split(tmp_path / "q1" / "split.npz", **saved)
+    read = common.load_split(tmp_path / "q1" / "split.npz")
+    assert {name: read[name].tolist() for name in ("train", "val", "test")} == {
+        name: saved[name].tolist() for name in ("train", "val", "test")}
+    assert (read["protocol"], read["seed"], read["quick"]) == ("pooled", 0, True)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"quick": False}, {"protocol": "official"}, {"train": np.arange(20)}])
+def test_the_checksum_of_a_split_covers_all_of_it(tmp_path, change):
+    digests = set()
+    for changes in ({}, change):
+        test = np.arange(100, 110)
+        common.save_split(tmp_path / "split.npz", **{**helpers.tiny_split(), "val": test + 10, "test": test,
+                                                     "train": np.arange(1, 21), **changes})
+        digests.add(common.load_split(tmp_path / "split.npz")["sha256"])
+    assert len(digests) == 2
+
+
+def test_duplicates_are_counted_as_a_direct_comparison_counts_them():
+    rng = torch.Generator().manual_seed(0)
+    train = torch.randint(60, 200, (30, 3, 32, 32), generator=rng).byte()
+    test = torch.randint(60, 200, (20, 3, 32, 32), generator=rng).byte()
+    test[:3] = train[5:8]
+    test[3] = (train[9] * 1.2).byte()  # the same picture, brighter
+    correlations = np.corrcoef(train.flatten(1).numpy(), test.flatten(1).numpy())[:30, 30:]
+    exact, near = q1_split.count_duplicates(train, test)
+    assert exact == 3
+    assert near == (correlations.max(0) >= 0.95).sum() == 4
+
+
+# ---- Perturbation ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Images of noise, some of them with grey or saturated areas, where hue has ties."""
+    images = torch.rand(48, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images[::4, :, :16] = images[::4, :1, :16]
+    images[1::4, 0, :, :16] = 1
+    images[2::4, 1, 16:] = 0
+    return images
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What perturb hands to its three steps: a list that each of them extends with its arguments after the images."""
+    arguments = []
+    for name in ("color_jitter", "rotate", "set_to_full"):
+        original = getattr(common, name)
+        monkeypatch.setattr(common, name, lambda images, *rest, original=original: arguments.extend(rest) or original(images, *rest))
+    return arguments
+
+
+def share_of_different_pixels(found, expected, tolerance):
+    return ((found - expected).abs().amax(1) > tolerance).double().mean().item()
+
+
+def jittered_by_torchvision(image, factors, order, number):
+    for kind in order[number].tolist():
+        name, adjust = TVF_STEPS[kind]
+        image = adjust(image, factors[name][number].item())
+    return image
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_each_colour_step_is_torchvisions(images, kind):
+    name, adjust = TVF_STEPS[kind]
+    neutral = {"brightness": torch.ones(48), "contrast": torch.ones(48), "saturation": torch.ones(48), "hue": torch.zeros(48)}
+    low, high = (-0.5, 0.5) if name == "hue" else (0, 2)
+    factors = {**neutral, name: torch.linspace(low, high, 48)}
+    found = common.color_jitter(images, factors, torch.arange(4).expand(48, 4))
+    expected = torch.stack([adjust(image, factor) for image, factor in zip(images, factors[name].tolist())])
+    assert share_of_different_pixels(found, expected, 1e-5) <= (1e-3 if name == "hue" else 0)
+
+
+def test_rotation_is_torchvisions(images):
+    angles = torch.linspace(-5, 5, 48)
+    expected = torch.stack([tvf.rotate(image, angle, InterpolationMode.NEAREST) for image, angle in zip(images, angles.tolist())])
+    assert share_of_different_pixels(common.rotate(images, angles), expected, 0) < 0.002  # where rounding decides
+
+
+def test_perturb_jitters_then_rotates_then_sets_pixels(images, drawn):
+    found = common.perturb(images, torch.Generator().manual_seed(0))
+    factors, order, angles, channels, pixels = drawn
+    expected = torch.stack([
+        tvf.rotate(jittered_by_torchvision(image, factors, order, number), angles[number].item(), InterpolationMode.NEAREST)
+        for number, image in enumerate(images)])
+    for number in range(48):
+        for channel, pixel in zip(channels[number].tolist(), pixels[number].tolist()):
+            expected[number, channel, pixel // 32, pixel % 32] = 1
+    assert share_of_different_pixels(found, expected, 1e-5) < 0.003
+
+
+def test_exactly_ten_pixels_get_one_full_channel_each():
+    """A black image stays black under jitter and rotation, so that only these pixels are left."""
+    perturbed = common.perturb(torch.zeros(500, 3, 32, 32), torch.Generator().manual_seed(0))
+    assert perturbed.unique().tolist() == [0, 1]
+    assert (perturbed.sum(1) <= 1).all()
+    assert (perturbed.sum((1, 2, 3)) == 10).all()
+
+
+def test_perturbed_values_stay_in_range_and_the_given_images_unchanged(images):
+    before = images.clone()
+    perturbed = common.perturb(images, torch.Generator().manual_seed(0))
+    assert perturbed.min() >= 0 and perturbed.max() <= 1
+    assert torch.equal(images, before)
+
+
+def test_the_generator_decides_the_perturbation(images):
+    first, again, other = (common.perturb(images, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_every_image_draws_its_own_perturbation(images):
+    perturbed = common.perturb(images[:1].expand(40, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert len(perturbed.flatten(1).unique(dim=0)) == 40
+
+
+def test_perturbations_have_the_intended_distributions(drawn):
+    common.perturb(torch.zeros(5000, 3, 4, 4), torch.Generator().manual_seed(0))
+    factors, order, angles, channels, pixels = drawn
+    for values, low, high in ((factors["brightness"], 0.6, 1.4), (factors["contrast"], 0.6, 1.4),
+                              (factors["saturation"], 0.6, 1.4), (factors["hue"], -0.1, 0.1), (angles, -5, 5)):
+        assert kstest(values, uniform(low, high - low).cdf).pvalue > 1e-3
+    orders = Counter(map(tuple, order.tolist()))
+    assert len(orders) == 24 and chisquare(list(orders.values())).pvalue > 1e-3
+    assert chisquare(torch.bincount(channels.flatten())).pvalue > 1e-3
+    assert torch.bincount(pixels.flatten()).double().std() < 60  # 3,125 of each; with fixed places it would be 2,500
+
+
+def test_every_use_of_random_numbers_has_its_own_stream():
+    first_numbers = {(seed, stream, number): torch.rand(1, generator=common.generator_for(seed, stream, number)).item()
+                     for seed in (0, 1) for stream in common.STREAMS for number in (0, 1)}
+    assert len(set(first_numbers.values())) == len(first_numbers)
+    for key, value in first_numbers.items():
+        assert torch.rand(1, generator=common.generator_for(*key)).item() == value
+
+
+# ---- Augmentation ------------------------------------------------------------------------------
+
+
+def test_crop_and_flip_gives_each_shifted_or_mirrored_version_equally_often():
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    padded = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+    version_of = {}
+    for top, left in np.ndindex(9, 9):
+        crop = padded[:, top:top + 32, left:left + 32]
+        version_of[crop.tobytes()] = (top, left, False)
+        version_of[crop[:, :, ::-1].tobytes()] = (top, left, True)
+
+    augmented = common.crop_and_flip(image.expand(4000, -1, -1, -1), torch.Generator().manual_seed(0))
+    versions = Counter(version_of[each.numpy().tobytes()] for each in augmented)
+    assert len(versions) == 162
+    assert chisquare(list(versions.values())).pvalue > 1e-3

@@ -1,0 +1,221 @@
+"""The network and its checkpoints, the k-NN vote, calibration and the losses."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import AngularLoss
+from sklearn.neighbors import KNeighborsClassifier
+
+import common
+import helpers
+import q2_train_ce
+import q6_angular
+
+
+def trained_looking(stem, num_outputs=10):
+    """A network whose batch-norms have seen images, in train mode, with those images."""
+    torch.manual_seed(0)
+    model = common.resnet18(num_outputs, stem).train()
+    images = torch.rand(16, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(3):
+            model(images)
+    return model, images
+
+
+# ---- Network -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stem, sizes", [("imagenet", (8, 4, 2, 1)), ("stride2", (16, 8, 4, 2)), ("cifar", (32, 16, 8, 4))])
+def test_stems_differ_in_the_size_of_the_stages_and_not_in_the_output(stem, sizes):
+    model = common.resnet18(7, stem).eval()
+    seen = []
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        getattr(model.backbone, name).register_forward_hook(lambda module, given, output: seen.append(tuple(output.shape[1:])))
+    images = torch.rand(2, 3, 32, 32)
+    assert model(images).shape == (2, 7)
+    assert seen == [(channels, size, size) for channels, size in zip((64, 128, 256, 512), sizes)]
+    assert common.backbone_features(model, images).shape == (2, 512)
+
+
+def test_the_imagenet_stem_is_torchvisions_network_on_normalised_images():
+    from torchvision.models import resnet18
+    from torchvision.transforms.functional import normalize
+
+    ours, peer = common.resnet18(10, "imagenet").eval(), resnet18(num_classes=10).eval()
+    weights = {name.removeprefix("backbone.").replace("head.", "fc."): value for name, value in ours.state_dict().items()}
+    peer.load_state_dict(weights)
+    images = torch.rand(4, 3, 32, 32)
+    expected = peer(normalize(images, common.CIFAR10_MEAN, common.CIFAR10_STD))
+    assert torch.allclose(ours(images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "stride2"])
+def test_frozen_computes_what_eval_computes_without_gradients_for_the_weights(stem):
+    model, images = trained_looking(stem)
+    frozen = common.frozen(model)
+    assert model.training and all(weight.requires_grad for weight in model.parameters())
+    assert not frozen.training and not any(weight.requires_grad for weight in frozen.parameters())
+    with torch.no_grad():
+        assert torch.allclose(frozen(images), model.eval()(images), atol=1e-4)
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------
+
+
+def test_a_loaded_checkpoint_is_the_saved_model_in_eval_mode(tmp_path):
+    model, images = trained_looking("imagenet", num_outputs=128)
+    digest = common.save_checkpoint(tmp_path / "model.pt", model, stem="imagenet", provenance={"question": "q6"})
+    loaded = common.load_checkpoint(tmp_path / "model.pt")
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model.eval()(images))
+    checkpoint = common.read_checkpoint(tmp_path / "model.pt")
+    assert checkpoint["provenance"] == {"question": "q6"}
+    assert checkpoint["sha256"] == digest == common.sha256((tmp_path / "model.pt").read_bytes())
+
+
+def test_loading_a_checkpoint_draws_no_random_numbers(tmp_path):
+    (tmp_path / "model.pt").write_bytes(helpers.torch_bytes(helpers.small_checkpoint()))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    common.load_checkpoint(tmp_path / "model.pt")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_question_6_takes_over_a_backbone_and_keeps_its_own_first_layer_where_stems_differ(tmp_path):
+    given = {**helpers.small_checkpoint(), "provenance": {"split_sha256": "0" * 64}}
+    (tmp_path / "model.pt").write_bytes(helpers.torch_bytes(given))
+    args = SimpleNamespace(seed=0, stem="stride2", device="cpu", init=str(tmp_path / "model.pt"), results=tmp_path)
+    model, source = q6_angular.first_model(args, {"sha256": "0" * 64})
+    assert source == f"{tmp_path / 'model.pt'} ({common.sha256((tmp_path / 'model.pt').read_bytes())})"
+    assert model.backbone.conv1.weight.shape == (64, 3, 3, 3) and model.backbone.conv1.weight.std() > 0
+    assert model.head.weight.shape == (128, 512) and model.head.weight.std() > 0
+    assert all((weight == 0).all() for name, weight in model.backbone.named_parameters() if name != "conv1.weight")
+
+
+# ---- k-NN vote ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 10, 100])
+def test_the_vote_is_scikit_learns_ties_included(k):
+    rng = torch.Generator().manual_seed(0)
+    train, queries = (torch.randn(number, 6, dtype=torch.float64, generator=rng) for number in (400, 700))
+    labels = torch.randint(0, 5, (400,), generator=rng)
+    peer = KNeighborsClassifier(k).fit(train.numpy(), labels.numpy())
+    if k == 4:  # ties must be there to be tested: two classes with two votes each
+        votes = np.sort((peer.predict_proba(queries.numpy()) * k).round(), axis=1)
+        assert (votes[:, -1] == votes[:, -2]).sum() > 100
+    assert common.knn_predict(train, labels, queries, k).tolist() == peer.predict(queries.numpy()).tolist()
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_a_vote_of_more_neighbours_than_there_are_is_refused(k):
+    with pytest.raises(ValueError, match="5 training embeddings"):
+        common.knn_predict(torch.rand(5, 2), torch.arange(5), torch.rand(1, 2), k)
+
+
+def test_retrieval_quality_is_what_its_definition_gives():
+    torch.manual_seed(0)
+    train, queries = F.normalize(torch.randn(60, 8)), F.normalize(torch.randn(25, 8))
+    labels, query_labels = torch.arange(60) % 3, torch.arange(25) % 3
+    found = q6_angular.retrieval_quality(train, labels, queries, query_labels)
+    first, precision, average = [], [], []
+    for query, label in zip(queries, query_labels):
+        right = (labels[(train - query).norm(dim=1).argsort()] == label).double()[:20]  # R = 20 of each class
+        precisions = right.cumsum(0) / torch.arange(1, 21)
+        first.append(right[0])
+        precision.append(right.mean())
+        average.append((right * precisions).sum() / 20)
+    expected = {"precision_at_1": first, "r_precision": precision, "mean_average_precision_at_r": average}
+    assert found == pytest.approx({name: torch.stack(values).mean().item() for name, values in expected.items()})
+
+
+# ---- Calibration -------------------------------------------------------------------------------
+
+
+def test_calibration_error_is_what_a_loop_over_the_bins_gives():
+    rng = torch.Generator().manual_seed(0)
+    confidence = torch.rand(3000, generator=rng).sqrt().clamp_min(0.21)  # the lowest bins stay empty
+    correct = torch.rand(3000, generator=rng) < confidence**2
+    expected = 0
+    for number in range(15):
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        if inside.any():
+            gap = (confidence[inside].mean() - correct[inside].double().mean()).abs()
+            expected += inside.double().mean() * gap
+    bins = q2_train_ce.reliability(confidence, correct)
+    assert q2_train_ce.expected_calibration_error(bins) == pytest.approx(expected.item(), abs=1e-6)
+    assert expected > 0.05
+
+
+@pytest.mark.parametrize("confidence, number", [(0.0, 0), (0.5, 7), (1.0, 14)])
+def test_extreme_confidences_have_a_bin(confidence, number):
+    bins = q2_train_ce.reliability(torch.tensor([confidence]), torch.tensor([True]))
+    assert bins[:, 0].tolist() == [float(each == number) for each in range(15)]
+
+
+# ---- Losses and schedule -----------------------------------------------------------------------
+
+
+def test_the_librarys_angular_loss_is_the_formula_of_question_5():
+    torch.manual_seed(0)
+    tangent = math.tan(math.radians(q6_angular.ALPHA)) ** 2
+    x, y = F.normalize(torch.randn(20, 8, dtype=torch.float64)), torch.arange(20) % 5
+    terms = []
+    for a in range(20):
+        for p in range(20):
+            if a != p and y[a] == y[p]:
+                f = [4 * tangent * (x[a] + x[p]) @ x[n] - 2 * (1 + tangent) * x[a] @ x[p] for n in range(20) if y[n] != y[a]]
+                terms.append(math.log(1 + sum(map(math.exp, f))))
+    assert AngularLoss(alpha=q6_angular.ALPHA)(x, y).item() == pytest.approx(sum(terms) / len(terms))
+
+
+def test_the_soft_knn_loss_is_what_a_loop_over_the_neighbours_gives():
+    torch.manual_seed(0)
+    train, labels = F.normalize(torch.randn(30, 4)), torch.arange(30) % 3
+    output, targets = 3 * torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    expected = 0
+    for point, target in zip(output, targets):
+        weights = [math.exp(point @ other / point.norm() / 0.1) for other in train]
+        expected -= math.log(sum(weight for weight, label in zip(weights, labels) if label == target) / sum(weights))
+    assert q6_angular.soft_knn_loss(train, labels)(output, targets).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_step_along_its_gradient_raises_the_soft_knn_loss_and_turns_votes():
+    torch.manual_seed(0)
+    centres = F.normalize(torch.randn(3, 16))
+    labels = torch.arange(300) % 3
+    train = F.normalize(centres[labels] + 0.1 * torch.randn(300, 16))
+    output = F.normalize(centres[labels[:60]] + 0.1 * torch.randn(60, 16)).requires_grad_()
+    loss = q6_angular.soft_knn_loss(train, labels)
+    before = loss(output, labels[:60])
+    gradient, = torch.autograd.grad(before, output)
+    moved = output.detach() + 3 * F.normalize(gradient)
+    assert loss(moved, labels[:60]) > before
+    decide = q6_angular.knn_decision(train, labels)
+    assert common.accuracy(decide(output.detach()), labels[:60]) == 1
+    assert common.accuracy(decide(moved), labels[:60]) < 0.5
+
+
+def test_the_nearest_other_image_of_a_batch_is_counted():
+    embeddings = F.normalize(torch.tensor([[1, 0], [1, 0.1], [0, 1], [0.2, 1], [1, 0.3]]))
+    assert q6_angular.nearest_is_same_class(embeddings, torch.tensor([0, 0, 1, 1, 1])).item() == 4
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines():
+    progress = np.linspace(0, 1, 101)
+    expected = np.interp(progress, [0, 0.2, 1], [0, 1, 0])
+    assert [common.one_cycle(each) for each in progress] == pytest.approx(expected.tolist())
+
+
+def test_an_epoch_holds_every_image_at_most_once_and_only_full_batches():
+    batches = common.shuffled_batches(103, 10, torch.Generator().manual_seed(0))
+    assert [len(batch) for batch in batches] == [10] * 10
+    assert len(torch.cat(batches).unique()) == 100
+    assert torch.cat(batches).tolist() != sorted(torch.cat(batches).tolist())
