@@ -23,7 +23,8 @@ def main():
         refuse_mixtures(found, args)
         blocks = assemble(found)
     except (KeyError, TypeError) as error:
-        raise common.UserError(f"a metrics.json in {args.results} lacks {error}; run the scripts of this version again") from error
+        questions = "; ".join(common.script_command(question, args.results, args.quick) for question in found)
+        raise common.UserError(f"a metrics.json in {args.results} lacks {error}; make them again with: {questions}") from error
     common.write_file(args.results / "report.md", markdown(blocks).encode())
     common.write_file(args.results / "report.html", html_page(blocks, args.results).encode())
     print(f"Report: {args.results / 'report.html'} (self-contained) and {args.results / 'report.md'}")
