@@ -106,7 +106,7 @@ def plot_label_counts(path, counts):
     """Bar chart of images per class. counts: dict from part to a list of ten."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4))
+    figure = Figure(figsize=(10, 4))
     axes = figure.subplots()
     width = 0.8 / len(counts)
     for position, (name, values) in enumerate(counts.items()):
@@ -114,7 +114,8 @@ def plot_label_counts(path, counts):
         axes.bar_label(axes.bar(centres, values, width, label=name), fontsize=7)
     axes.set_xticks(range(10), common.CLASSES, rotation=30)
     axes.set_ylabel("images")
-    axes.legend(loc="lower right")
+    axes.margins(y=0.2)
+    axes.legend(loc="upper right", ncols=len(counts))
     common.save_figure(figure, path)
 
 
