@@ -23,7 +23,7 @@ PGD_IMAGES = 250  # the first validation images, attacked after every epoch
 
 def main():
     parser = common.argument_parser(__doc__)
-    common.add_training_flags(parser, epochs=12, batch_size=64, lr=0.1, stem="stride2")
+    common.add_training_flags(parser, epochs=10, batch_size=64, lr=0.1, stem="stride2")
     args = common.parse_arguments(parser)
     folder = args.results / "q4"
     split, data = common.load_data(args)
