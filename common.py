@@ -683,12 +683,11 @@ def fgm(model, images, labels, eps, norm="linf", loss=summed_cross_entropy):
     images N x 3 x H x W in [0, 1], labels int64 N, eps in pixel units, norm "linf" or "l2",
     loss(model(images), labels) a scalar. Returns images within eps of the given ones and in [0, 1].
     """
-    adversarial = []
-    for batch, target in _paired_batches(images, labels):
+    adversarial = torch.empty_like(images)
+    for batch, target, result in _matching_batches(images, labels, adversarial):
         _, gradient = _output_and_gradient(model, batch, target, loss)
-        adversarial.append((batch + eps * _direction(gradient, norm)).clamp(0, 1))
-    adversarial = torch.cat(adversarial)
-    _assert_allowed(adversarial, images, eps, norm)
+        result.copy_((batch + eps * _direction(gradient, norm)).clamp(0, 1))
+        _assert_allowed(result, batch, eps, norm)
     return adversarial
 
 
@@ -697,15 +696,12 @@ def pgd(model, images, labels, eps, step_size, steps, norm="linf", loss=summed_c
 
     It starts at the image itself, not at a random point, and so is deterministic. Otherwise as `fgm`.
     """
-    adversarial = []
-    for start, target in _paired_batches(images, labels):
-        batch = start
+    adversarial = images.clone()
+    for start, target, result in _matching_batches(images, labels, adversarial):
         for _ in range(steps):
-            _, gradient = _output_and_gradient(model, batch, target, loss)
-            batch = _pgd_step(batch, start, gradient, eps, step_size, norm)
-        adversarial.append(batch)
-    adversarial = torch.cat(adversarial)
-    _assert_allowed(adversarial, images, eps, norm)
+            _, gradient = _output_and_gradient(model, result, target, loss)
+            result.copy_(_pgd_step(result, start, gradient, eps, step_size, norm))
+        _assert_allowed(result, start, eps, norm)
     return adversarial
 
 
@@ -715,8 +711,9 @@ def random_noise(images, eps, generator):
     return (images + eps * (2.0 * signs - 1)).clamp(0, 1)
 
 
-def _paired_batches(images, labels):
-    return zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH))
+def _matching_batches(*tensors):
+    """Batches of all tensors together; they are views, so writing to one writes to its tensor."""
+    return zip(*(tensor.split(EVALUATION_BATCH) for tensor in tensors))
 
 
 def _output_and_gradient(model, images, labels, loss):
@@ -795,7 +792,7 @@ def fgm_accuracies(model, images, labels, attacks, loss=summed_cross_entropy, de
     One gradient serves all of them, since its direction does not depend on eps. Returns a list of floats.
     """
     correct = torch.zeros(1 + len(attacks), dtype=torch.long)
-    for batch, target in _paired_batches(images, labels):
+    for batch, target in _matching_batches(images, labels):
         output, gradient = _output_and_gradient(model, batch, target, loss)
         correct[0] += (decide(output) == target).sum().cpu()
         for number, (norm, eps) in enumerate(attacks, start=1):
@@ -813,7 +810,7 @@ def pgd_accuracy_by_step(model, images, labels, eps, step_size, steps, loss=summ
     AutoAttack (Croce & Hein 2020): sharper than looking at the last step alone, and several times cheaper.
     """
     correct = torch.zeros(steps + 1, dtype=torch.long)
-    for start, target in _paired_batches(images, labels):
+    for start, target in _matching_batches(images, labels):
         adversarial = start
         for step in range(steps + 1):
             output, gradient = _output_and_gradient(model, adversarial, target, loss)
