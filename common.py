@@ -70,11 +70,15 @@ def argument_parser(docstring):
     """Parser with the flags that every script has; its --help shows the script's own docstring."""
     parser = _OneLineParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, default=Path("data"), help="folder that holds cifar-10-batches-py; fetched if absent (data)")
-    add("--results", type=Path, help="folder for everything written (results, or results-quick with --quick)")
+    add("--data", type=Path, default=Path("data"),
+        help="folder that holds cifar-10-batches-py; fetched if absent (data)")
+    add("--results", type=Path,
+        help="folder for everything written (results, or results-quick with --quick)")
     add("--seed", type=_whole_number(0, 2**31 - 1), default=0, help="seed of every random number (0)")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to compute (auto: the best there is)")
-    add("--quick", action="store_true", help="tiny subset, few epochs: shows that everything works, its numbers mean nothing")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+        help="where to compute (auto: the best there is)")
+    add("--quick", action="store_true",
+        help="tiny subset, few epochs: shows that everything works, its numbers mean nothing")
     return parser
 
 
@@ -849,7 +853,7 @@ def attack_checks(model, images, labels, values, seed, loss, decide):
     return {"noise": noise, "pgd_eps_1": unbounded, "images": len(images)}, warnings
 
 
-# ---- 10. Training -------------------------------------------------------------------------------
+# ---- 10. Training ------------------------------------------------------------------------------
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -1130,10 +1134,12 @@ def provenance(args, question, split, parents=()):
 def _git_commit():
     """Commit of these scripts, with "+changes" when they differ from it; None outside a git checkout."""
     def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -137,10 +137,10 @@ def plot_reliability(path, bins):
     figure = Figure(figsize=(5, 4.5))
     axes = figure.subplots()
     share, _, accuracy = bins.T
-    axes.bar((np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS, accuracy, 0.9 / CALIBRATION_BINS,
-             color="tab:blue", alpha=0.8, label="accuracy in the bin")
+    centres = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
+    axes.bar(centres, accuracy, 0.9 / CALIBRATION_BINS, color="tab:blue", alpha=0.8, label="accuracy in the bin")
     axes.plot([0, 1], [0, 1], "k--", label="perfect calibration")
-    axes.plot((np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS, share, "o-", color="tab:orange", label="share of images")
+    axes.plot(centres, share, "o-", color="tab:orange", label="share of images")
     axes.set(xlabel="confidence", ylabel="accuracy", title=f"ECE {common.percent(expected_calibration_error(bins))}",
              xlim=(0, 1), ylim=(0, 1))
     axes.legend()

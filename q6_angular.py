@@ -144,7 +144,8 @@ def train_embedding(model, data, args, split, init, state_file):
     def evaluate(model):
         train, val = (embed(model, common.as_float(part)) for part in (images[:REFERENCE_IMAGES], val_images))
         predicted = vote(train, labels[:REFERENCE_IMAGES], val)
-        losses = [angular_loss(*batch).item() for batch in zip(val.split(args.batch_size), val_labels.split(args.batch_size))]
+        val_batches = zip(val.split(args.batch_size), val_labels.split(args.batch_size))
+        losses = [angular_loss(*batch).item() for batch in val_batches]
         return {"val_loss": float(np.mean(losses)), "val_accuracy": common.accuracy(predicted, val_labels)}
 
     recipe = common.training_recipe(args, "q6", split, init=init, alpha=ALPHA, embedding=EMBEDDING)
@@ -207,7 +208,8 @@ def draw_curves(folder, history):
     """Figure 13: accuracy and loss per epoch."""
     common.plot_history(folder / "figure13_accuracy.png", history,
                         {"accuracy": "train: nearest image of the batch",
-                         "val_accuracy": f"validation: {NEIGHBOURS}-NN among {REFERENCE_IMAGES} training images"}, "accuracy")
+                         "val_accuracy": f"validation: {NEIGHBOURS}-NN among {REFERENCE_IMAGES} training images"},
+                        "accuracy")
     common.plot_history(folder / "figure13_loss.png", history,
                         {"loss": "train (augmented)", "val_loss": "validation"}, "angular loss")
 

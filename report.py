@@ -117,7 +117,8 @@ def training_section(q2):
         ("table", ["class", "test accuracy"], [[name, common.percent(value)] for name, value in per_class.items()]),
         ("figure", "q2/confusion_test.png", "Confusion matrix on test."),
         ("figure", "q2/reliability_test.png", "Reliability diagram on test."),
-        ("figure", "q2/figure05_umap_train.png", "Figure 5: UMAP of the backbone output, fitted on train without labels."),
+        ("figure", "q2/figure05_umap_train.png", "Figure 5: UMAP of the backbone output, fitted on train without labels. "
+         "Colours are true classes, in all maps."),
         ("figure", "q2/figure06_umap_test.png", "Figure 6: the test part in the map of figure 5."),
     ]
 
@@ -137,7 +138,8 @@ def attack_section(q3):
         *warnings_of({"cross-entropy (q2)": q3}),
         ("figure", "q3/fgm_by_epsilon.png", f"FGM over epsilon, on {q3['fgm_by_eps']['images']} test images."),
         ("figure", "q3/pgd_by_step.png", "PGD over its number of steps, on all test images."),
-        ("figure", "q3/figure08_umap.png", "Figure 8: perturbed and attacked test images in the map of figure 5."),
+        ("figure", "q3/figure08_umap.png", "Figure 8: perturbed and attacked test images in the map of figure 5. "
+         "A colour on another colour's island is an image that the change has moved into the wrong class."),
     ]
 
 
@@ -198,8 +200,14 @@ def comparison(found):
     for key, title in common.CONDITIONS.items():
         name = max(models, key=lambda model: models[model]["accuracy"][key])
         best.append(f"{title}: {name}, {common.percent(models[name]['accuracy'][key])}")
-    return [("heading", "Comparison of all models"), conditions_table(models),
-            ("text", "Best under each condition: " + "; ".join(best) + ".")]
+    blocks = [("heading", "Comparison of all models"), conditions_table(models),
+              ("text", "Best under each condition: " + "; ".join(best) + ".")]
+    reference, *others = models
+    for name in others:
+        changes = [f"{title} {100 * (models[name]['accuracy'][key] - models[reference]['accuracy'][key]):+.1f}"
+                   for key, title in common.CONDITIONS.items()]
+        blocks.append(("text", f"{name} against {reference}, in points: {', '.join(changes)}."))
+    return blocks
 
 
 def origin_section(found):
