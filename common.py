@@ -113,6 +113,15 @@ def parse_arguments(parser):
     return args
 
 
+def with_bar(batches, title):
+    """The same batches, on a terminal with a tqdm bar once they have taken two seconds."""
+    if not sys.stderr.isatty():
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc=title, leave=False, delay=2)
+
+
 def _pick_device(name):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -635,7 +644,7 @@ def predict(model, images):
 
 def accuracy(predicted, labels):
     """Share of equal entries, as a float."""
-    return (predicted == labels).double().mean().item()
+    return (predicted == labels).sum().item() / len(labels)
 
 
 def backbone_features(model, images):
@@ -716,8 +725,8 @@ def random_noise(images, eps, generator):
 
 
 def _matching_batches(*tensors):
-    """Batches of all tensors together; they are views, so writing to one writes to its tensor."""
-    return zip(*(tensor.split(EVALUATION_BATCH) for tensor in tensors))
+    """List of batches of all tensors together; they are views, so writing to one writes to its tensor."""
+    return list(zip(*(tensor.split(EVALUATION_BATCH) for tensor in tensors)))
 
 
 def _output_and_gradient(model, images, labels, loss):
@@ -796,7 +805,7 @@ def fgm_accuracies(model, images, labels, attacks, loss=summed_cross_entropy, de
     One gradient serves all of them, since its direction does not depend on eps. Returns a list of floats.
     """
     correct = torch.zeros(1 + len(attacks), dtype=torch.long)
-    for batch, target in _matching_batches(images, labels):
+    for batch, target in with_bar(_matching_batches(images, labels), "FGM"):
         output, gradient = _output_and_gradient(model, batch, target, loss)
         correct[0] += (decide(output) == target).sum().cpu()
         for number, (norm, eps) in enumerate(attacks, start=1):
@@ -814,7 +823,7 @@ def pgd_accuracy_by_step(model, images, labels, eps, step_size, steps, loss=summ
     AutoAttack (Croce & Hein 2020): sharper than looking at the last step alone, and several times cheaper.
     """
     correct = torch.zeros(steps + 1, dtype=torch.long)
-    for start, target in _matching_batches(images, labels):
+    for start, target in with_bar(_matching_batches(images, labels), "PGD"):
         adversarial = start
         for step in range(steps + 1):
             output, gradient = _output_and_gradient(model, adversarial, target, loss)
@@ -895,11 +904,12 @@ def train(model, batches, batch_loss, evaluate, args, recipe, state_file):
     for epoch in range(len(history), args.epochs):
         started = time.perf_counter()
         generator = generator_for(args.seed, "epoch", epoch)
-        progress = _Progress(epoch, args.epochs)
+        title = f"epoch {epoch + 1}/{args.epochs}"
         losses, correct, seen = [], 0, 0
         epoch_batches = batches(generator)
+        bar = with_bar(epoch_batches, title)
         model.train()
-        for step, indices in enumerate(progress.over(epoch_batches)):
+        for step, indices in enumerate(bar):
             indices = send(indices, args.device)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * one_cycle((epoch + step / len(epoch_batches)) / args.epochs)
@@ -911,15 +921,16 @@ def train(model, batches, batch_loss, evaluate, args, recipe, state_file):
             # Tensors are collected, not numbers: reading a number would make a GPU wait at every step.
             losses.append(loss.detach())
             correct, seen = correct + batch_correct, seen + len(indices)
-            if step % 20 == 0:
-                progress.show(loss, correct / seen)
+            if bar is not epoch_batches and step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{float(correct) / seen:.3f}")
         mean_loss = _finite_mean(losses, epoch)
         seconds = time.perf_counter() - started
         history.append({"loss": mean_loss, "accuracy": float(correct) / seen, "seconds": seconds, **evaluate(model)})
         for name, value in history[-1].items():
             if not math.isfinite(value):
                 raise UserError(f"{name} became {value} at the end of epoch {epoch + 1}; {_LOWER_RATE}")
-        progress.finish(history[-1])
+        numbers = "  ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
+        print(f"{title}  {numbers}", file=sys.stderr, flush=True)
         write_file(state_file, _torch_bytes({"recipe": recipe, "history": history, "model": model.state_dict(),
                                              "optimizer": optimizer.state_dict()}))
     model.eval()
@@ -978,30 +989,6 @@ def _finite_mean(losses, epoch):
         step = int(wrong[0])
         raise UserError(f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}; {_LOWER_RATE}")
     return losses.mean().item()
-
-
-class _Progress:
-    """A tqdm bar with loss and accuracy on a terminal, one line per epoch elsewhere."""
-
-    def __init__(self, epoch, epochs):
-        self.title = f"epoch {epoch + 1}/{epochs}"
-        self.bar = None
-
-    def over(self, batches):
-        if not sys.stderr.isatty():
-            return batches
-        from tqdm import tqdm
-
-        self.bar = tqdm(batches, desc=self.title, leave=True)
-        return self.bar
-
-    def show(self, loss, share_correct):
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{float(loss):.3f}", accuracy=f"{float(share_correct):.3f}")
-
-    def finish(self, numbers):
-        text = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items() if isinstance(value, float))
-        print(f"{self.title}  {text}", file=sys.stderr, flush=True)
 
 
 # ---- 11. UMAP and figures ----------------------------------------------------------------------
@@ -1106,10 +1093,11 @@ def plot_examples(path, model, images, perturbed, labels, loss=summed_cross_entr
 
 @contextlib.contextmanager
 def timed(seconds, stage):
-    """Note in the dict `seconds` how long the block took."""
+    """Note in the dict `seconds`, and on stderr, how long the block took."""
     started = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - started, 2)
+    print(f"{stage}: {seconds[stage]:.0f} s", file=sys.stderr, flush=True)
 
 
 def provenance(args, question, split, parents=()):
