@@ -1,6 +1,7 @@
 """Every script from end to end with --quick on the synthetic data: what it writes, prints and leaves out."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -147,10 +148,12 @@ def test_question_3_refits_the_map_of_question_2(metrics):
 
 
 @each_question
-def test_without_a_terminal_stderr_has_one_line_per_epoch_and_nothing_else(quick_run, question):
+def test_without_a_terminal_stderr_has_one_line_per_epoch_and_one_per_stage(quick_run, question):
     lines = quick_run.finished[question].stderr.splitlines()
-    assert len(lines) == EPOCHS[question], lines
-    assert all(line.startswith("epoch ") and "\r" not in line for line in lines)
+    stages = [line for line in lines if re.fullmatch(r"[a-z]+: \d+ s", line)]
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert len(epochs) == EPOCHS[question]
+    assert stages and len(stages) + len(epochs) == len(lines), lines
 
 
 @each_question
