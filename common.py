@@ -1029,6 +1029,7 @@ def plot_lines(path, x, lines, xlabel, ylabel):
     for label, values in lines.items():
         axes.plot(x, values, marker="." if len(values) < 30 else None, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
