@@ -134,7 +134,9 @@ def attack_section(q3):
         ("text", f"Perturbation costs {points(value['clean'] - value['perturbed'])}, FGM {points(value['clean'] - value['fgm'])}, "
                  f"both together {points(value['clean'] - value['perturbed_fgm'])}. In L2 with epsilon = 0.5, FGM leaves "
                  f"{common.percent(q3['accuracy_l2']['fgm'])}. Random noise of FGM's size leaves {common.percent(checks['noise'])} "
-                 f"({checks['images']} images): the direction matters, not the size."),
+                 f"({checks['images']} images): the direction matters, not the size. PGD-20 leaves "
+                 f"{common.percent(value['pgd'])}, {points(value['fgm'] - value['pgd'])} below FGM: that gap is what one step "
+                 "misses, and FGM alone would flatter the model by it."),
         *warnings_of({"cross-entropy (q2)": q3}),
         ("figure", "q3/fgm_by_epsilon.png", f"FGM over epsilon, on {q3['fgm_by_eps']['images']} test images."),
         ("figure", "q3/pgd_by_step.png", "PGD over its number of steps, on all test images."),
