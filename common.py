@@ -137,7 +137,7 @@ def _pick_precision(name, device):
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.10 or so
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch lack it
         native = device == "cpu" and capabilities.get("avx512_bf16", False)
     return "bfloat16" if native else "float32"
 
