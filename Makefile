@@ -28,10 +28,10 @@ $(RESULTS)/q2/metrics.json: q2_train_ce.py common.py $(RESULTS)/q1/metrics.json
 $(RESULTS)/q3/metrics.json: q3_attack.py common.py $(RESULTS)/q2/metrics.json
 	$(VENV) q3_attack.py $(COMMON)
 
-$(RESULTS)/q4/metrics.json: q4_adv_train.py common.py $(RESULTS)/q1/metrics.json
+$(RESULTS)/q4/metrics.json: q4_adv_train.py common.py $(RESULTS)/q2/metrics.json
 	$(VENV) q4_adv_train.py $(COMMON)
 
-$(RESULTS)/q6/metrics.json: q6_angular.py common.py $(RESULTS)/q1/metrics.json
+$(RESULTS)/q6/metrics.json: q6_angular.py common.py $(RESULTS)/q2/metrics.json
 	$(VENV) q6_angular.py $(COMMON)
 
 METRICS := $(foreach question,q1 q2 q3 q4 q6,$(RESULTS)/$(question)/metrics.json)

@@ -89,10 +89,15 @@ def add_training_flags(parser, *, epochs, batch_size, lr, stem):
     add("--batch-size", type=_whole_number(2, 100_000), default=batch_size, help=f"images per step ({batch_size})")
     add("--lr", type=_positive_number, default=lr, help=f"peak learning rate ({lr})")
     add("--stem", choices=STEMS, default=stem, help=f"first layer of the ResNet-18, see common.resnet18 ({stem})")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of the arithmetic in training (auto: bfloat16 where the processor has instructions for it)")
+    add_precision_flag(parser)
     add("--fresh", action="store_true", help="start training again instead of going on from the last finished epoch")
     parser.set_defaults(full_epochs=epochs)
+
+
+def add_precision_flag(parser):
+    """Add the flag of the scripts that compute with a network."""
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the convolutions (auto: bfloat16 where the processor has instructions for it)")
 
 
 def parse_arguments(parser):
@@ -107,6 +112,7 @@ def parse_arguments(parser):
     if hasattr(args, "epochs"):
         args.epochs = args.epochs or (2 if args.quick else args.full_epochs)
         del args.full_epochs
+    if hasattr(args, "precision"):
         args.precision = _pick_precision(args.precision, args.device)
     write_file(args.results / ".writable", b"")  # an hour's training must not end at a full or read-only disk
     (args.results / ".writable").unlink()
@@ -614,10 +620,23 @@ def _torch_load(content, path, made_by):
 EVALUATION_BATCH = 500
 
 
-def frozen(model):
+class Cast(nn.Module):
+    """Change the dtype of a tensor on its way through a Sequential."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, tensor):
+        return tensor.to(self.dtype)
+
+
+def frozen(model, precision="float32"):
     """A copy for evaluation and attacks: same function as model.eval(), no gradients for the weights.
 
-    Each batch-norm is folded into the convolution before it, which saves a pass over every feature map.
+    model: what `resnet18` returns. Each batch-norm is folded into the convolution before it, which saves a pass
+    over every feature map. precision "bfloat16" computes the backbone in it, twice as fast where the processor
+    has the instructions; images, the features that enter the head, outputs and gradients stay float32.
     """
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -628,7 +647,10 @@ def frozen(model):
             if isinstance(child, nn.Conv2d) and isinstance(next_child, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(child, next_child))
                 setattr(module, next_name, nn.Identity())
-    return model.to(memory_format=torch.channels_last)
+    dtype = getattr(torch, precision)
+    layers = OrderedDict(normalize=model.normalize, lower=Cast(dtype), backbone=model.backbone.to(dtype),
+                         restore=Cast(torch.float32), head=model.head)
+    return nn.Sequential(layers).to(memory_format=torch.channels_last)
 
 
 def in_batches(function, images):
@@ -648,8 +670,8 @@ def accuracy(predicted, labels):
 
 
 def backbone_features(model, images):
-    """The 512 numbers per image that the convolutional part ends in: float32 N x 512."""
-    return in_batches(lambda batch: model.backbone(model.normalize(batch)), images)
+    """The 512 numbers per image that the convolutional part, all but the head, ends in: float32 N x 512."""
+    return in_batches(model[:-1], images)
 
 
 def knn_predict(train_embeddings, train_labels, embeddings, k):
@@ -778,23 +800,24 @@ def perturbed_images(images, part, seed):
 
     images uint8 N x 3 x 32 x 32. Returns float32 of the same shape.
     """
-    return perturb(as_float(images), generator_for(seed, f"perturbed {part}"))
+    generator = generator_for(seed, f"perturbed {part}")
+    return in_batches(lambda batch: perturb(as_float(batch), generator), images)
 
 
-def robustness(model, images, perturbed, labels, seed, loss=summed_cross_entropy, decide=most_likely):
+def robustness(model, exact, images, perturbed, labels, seed, loss=summed_cross_entropy, decide=most_likely):
     """A model's accuracy under every test condition, each attack at EPSILON of its norm.
 
+    model and exact: the network, `frozen` in the precision to measure in and in float32, for a check of the former;
     images and perturbed N x 3 x 32 x 32, labels N; decide(model(images)) gives the classes that count.
     Returns a dict: `accuracy` (clean, perturbed, fgm, perturbed_fgm, pgd; L-infinity), `accuracy_l2` (fgm,
     perturbed_fgm), `pgd_by_step` (see pgd_accuracy_by_step), `checks` and `warnings` (see attack_checks).
     """
-    model = frozen(model)
     attacks = list(EPSILON.items())
     clean, fgm_linf, fgm_l2 = fgm_accuracies(model, images, labels, attacks, loss, decide)
     shifted, shifted_fgm_linf, shifted_fgm_l2 = fgm_accuracies(model, perturbed, labels, attacks, loss, decide)
     by_step = pgd_accuracy_by_step(model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS, loss, decide)
     values = {"clean": clean, "perturbed": shifted, "fgm": fgm_linf, "perturbed_fgm": shifted_fgm_linf, "pgd": by_step[-1]}
-    checks, warnings = attack_checks(model, images, labels, values, seed, loss, decide)
+    checks, warnings = attack_checks(model, exact, images, labels, values, seed, loss, decide)
     return {"accuracy": values, "accuracy_l2": {"fgm": fgm_l2, "perturbed_fgm": shifted_fgm_l2},
             "pgd_by_step": by_step, "checks": checks, "warnings": warnings}
 
@@ -837,17 +860,20 @@ def pgd_accuracy_by_step(model, images, labels, eps, step_size, steps, loss=summ
     return (correct.double() / len(images)).tolist()
 
 
-def attack_checks(model, images, labels, values, seed, loss, decide):
+def attack_checks(model, exact, images, labels, values, seed, loss, decide):
     """Signs that a robust accuracy is too good to be true (Athalye et al. 2018; Carlini et al. 2019).
 
-    values: accuracies under clean, fgm and pgd on all images. Returns a dict of the accuracies looked at here,
-    under noise of FGM's size and under PGD with eps = 1, on the first CHECKED_IMAGES images; and a list of
-    warnings, one sentence each, empty when nothing is suspicious.
+    values: accuracies under clean, fgm and pgd on all images; the others as in `robustness`. Returns a dict of the
+    accuracies looked at here, on the first CHECKED_IMAGES images: under noise of FGM's size, under PGD with
+    eps = 1, under FGM as measured and with gradients of the exact model; and a list of warnings, one sentence
+    each, empty when nothing is suspicious.
     """
     images, labels = images[:CHECKED_IMAGES], labels[:CHECKED_IMAGES]
     noisy = random_noise(images, EPSILON["linf"], generator_for(seed, "noise"))
     noise = accuracy(decide(in_batches(model, noisy)), labels)
     unbounded = pgd_accuracy_by_step(model, images, labels, 1.0, 0.1, PGD_STEPS, loss, decide)[-1]
+    measured, in_float32 = (fgm_accuracies(network, images, labels, [("linf", EPSILON["linf"])], loss, decide)[1]
+                            for network in (model, exact))
     warnings = []
     if values["pgd"] > values["fgm"]:
         warnings.append(f"PGD ({percent(values['pgd'])}) is no stronger than FGM ({percent(values['fgm'])}): "
@@ -859,7 +885,11 @@ def attack_checks(model, images, labels, values, seed, loss, decide):
         warnings.append(f"Random noise (accuracy {percent(noise)}) hurts as much as FGM ({percent(values['fgm'])}).")
     if unbounded > 1 / len(CLASSES):
         warnings.append(f"Accuracy is {percent(unbounded)} under PGD with eps = 1, where none should be above chance.")
-    return {"noise": noise, "pgd_eps_1": unbounded, "images": len(images)}, warnings
+    if measured - in_float32 > 0.01:
+        warnings.append(f"FGM leaves {percent(measured)}, but {percent(in_float32)} with gradients in float32: rounding "
+                        "weakens the attack; measure again with --precision float32.")
+    checks = {"noise": noise, "pgd_eps_1": unbounded, "fgm": measured, "fgm_float32": in_float32, "images": len(images)}
+    return checks, warnings
 
 
 # ---- 10. Training ------------------------------------------------------------------------------
@@ -952,8 +982,8 @@ def one_cycle(progress):
 
 
 def validation_scores(model, images, labels):
-    """Loss and accuracy of a classifier, to be noted after an epoch. images float32 N x 3 x 32 x 32, labels N."""
-    logits = in_batches(frozen(model), images)
+    """Loss and accuracy of a `frozen` classifier, to be noted after an epoch. images float32 N x 3 x 32 x 32, labels N."""
+    logits = in_batches(model, images)
     return {"val_loss": F.cross_entropy(logits, labels).item(), "val_accuracy": accuracy(logits.argmax(1), labels)}
 
 
@@ -1064,12 +1094,12 @@ def plot_maps(path, panels, limits_of):
 def plot_examples(path, model, images, perturbed, labels, loss=summed_cross_entropy, decide=most_likely):
     """A column per image: original, perturbed, attacked by FGM at EPSILON, both, and what FGM changed.
 
-    images and perturbed n x 3 x 32 x 32, labels n; loss and decide as in `robustness`. Above each image stands
+    model: `frozen`; images and perturbed n x 3 x 32 x 32, labels n; loss and decide as in `robustness`. Above each image stands
     its predicted class, green when right and red when wrong.
     """
     from matplotlib.figure import Figure
 
-    model, eps = frozen(model), EPSILON["linf"]
+    eps = EPSILON["linf"]
     attacked = fgm(model, images, labels, eps, loss=loss)
     rows = {"original": images, "perturbed": perturbed, "FGM": attacked,
             "perturbed\n+ FGM": fgm(model, perturbed, labels, eps, loss=loss)}

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 
 import common
 
+CUTOUT = 12  # side of the square, in pixels
 LABEL_SMOOTHING = 0.1  # keeps the network from growing over-confident on so few images
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
 
 
 def main():
     parser = common.argument_parser(__doc__)
-    common.add_training_flags(parser, epochs=28, batch_size=64, lr=0.1, stem="stride2")
+    common.add_training_flags(parser, epochs=40, batch_size=64, lr=0.1, stem="stride2")
     args = common.parse_arguments(parser)
     folder = args.results / "q2"
     split, data = common.load_data(args)
@@ -36,11 +37,12 @@ def main():
     common.plot_history(folder / "figure04_loss.png", history,
                         {"loss": "train (augmented, smoothed labels)", "val_loss": "validation"}, "cross-entropy")
 
+    trained = common.frozen(model, args.precision)
     with common.timed(seconds, "evaluate"):
-        scores = {name: class_scores(model, *data[name], folder, name) for name in ("val", "test")}
+        scores = {name: class_scores(trained, *data[name], folder, name) for name in ("val", "test")}
     with common.timed(seconds, "umap"):
         train_labels, test_labels = data["train"][1], data["test"][1]
-        train_features, test_features = (common.backbone_features(model, common.as_float(data[name][0]))
+        train_features, test_features = (common.backbone_features(trained, common.as_float(data[name][0]))
                                          for name in ("train", "test"))
         reducer = common.fit_umap(train_features, args.seed)
         common.plot_maps(folder / "figure05_umap_train.png",
@@ -75,27 +77,41 @@ def train_on_clean_images(data, args, split, state_file):
         return common.shuffled_batches(len(images), args.batch_size, generator)
 
     def batch_loss(model, indices, generator):
-        batch = common.crop_and_flip(common.as_float(images[indices]), generator)
+        batch = cut_out(common.crop_and_flip(common.as_float(images[indices]), generator), generator)
         logits = model(batch).float()
         loss = F.cross_entropy(logits, labels[indices], label_smoothing=LABEL_SMOOTHING)
         return loss, (logits.argmax(1) == labels[indices]).sum()
 
     def evaluate(model):
-        return common.validation_scores(model, common.as_float(val_images), val_labels)
+        return common.validation_scores(common.frozen(model, args.precision), common.as_float(val_images), val_labels)
 
     torch.manual_seed(args.seed)
     model = common.resnet18(len(common.CLASSES), args.stem).to(args.device)
-    recipe = common.training_recipe(args, "q2", split, label_smoothing=LABEL_SMOOTHING)
+    recipe = common.training_recipe(args, "q2", split, label_smoothing=LABEL_SMOOTHING, cutout=CUTOUT)
     history = common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
     return model, history
+
+
+def cut_out(images, generator):
+    """Cutout (DeVries & Taylor 2017): a square of each image, partly outside perhaps, takes the mean colour of CIFAR-10.
+
+    images N x 3 x H x W float32. Draws from the CPU generator.
+    """
+    number, _, height, width = images.shape
+    top = torch.randint(height, (number, 1, 1, 1), generator=generator) - CUTOUT // 2
+    left = torch.randint(width, (number, 1, 1, 1), generator=generator) - CUTOUT // 2
+    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
+    inside = (rows >= top) & (rows < top + CUTOUT) & (columns >= left) & (columns < left + CUTOUT)
+    mean = torch.tensor(common.CIFAR10_MEAN).view(1, 3, 1, 1)
+    return torch.where(common.send(inside, images.device), common.send(mean, images.device), images)
 
 
 def class_scores(model, images, labels, folder, name):
     """Accuracy, overall and per class, confusion matrix and calibration on one part, with their two figures.
 
-    images uint8, labels int64, name "val" or "test". Returns a dict of plain values.
+    model `frozen`, images uint8, labels int64, name "val" or "test". Returns a dict of plain values.
     """
-    logits = common.in_batches(common.frozen(model), common.as_float(images)).cpu()
+    logits = common.in_batches(model, common.as_float(images)).cpu()
     labels = labels.cpu()
     confidence, predicted = logits.softmax(1).max(1)
     confusion = torch.zeros(10, 10, dtype=torch.long).index_put_((labels, predicted), torch.tensor(1), accumulate=True)

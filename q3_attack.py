@@ -19,10 +19,13 @@ CURVE_EPSILONS = [steps / 255 for steps in range(2, 17, 2)]
 
 
 def main():
-    args = common.parse_arguments(common.argument_parser(__doc__))
+    parser = common.argument_parser(__doc__)
+    common.add_precision_flag(parser)
+    args = common.parse_arguments(parser)
     folder = args.results / "q3"
     split, data = common.load_data(args)
-    model, checkpoint = common.require_model(args, split, "q2")
+    network, checkpoint = common.require_model(args, split, "q2")
+    model = common.frozen(network, args.precision)
     origin = common.provenance(args, "q3", split, [checkpoint])
     seconds = {}
 
@@ -30,10 +33,10 @@ def main():
         images, labels = common.as_float(data["test"][0]), data["test"][1]
         perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
     with common.timed(seconds, "attack"):
-        measured = common.robustness(model, images, perturbed, labels, args.seed)
+        measured = common.robustness(model, common.frozen(network), images, perturbed, labels, args.seed)
     with common.timed(seconds, "curve"):
         attacks = [("linf", eps) for eps in CURVE_EPSILONS]
-        by_eps = common.fgm_accuracies(common.frozen(model), images[:CURVE_IMAGES], labels[:CURVE_IMAGES], attacks)
+        by_eps = common.fgm_accuracies(model, images[:CURVE_IMAGES], labels[:CURVE_IMAGES], attacks)
 
     common.plot_examples(folder / "figure07_examples.png", model, images[:EXAMPLES], perturbed[:EXAMPLES], labels[:EXAMPLES])
     common.plot_lines(folder / "fgm_by_epsilon.png", [0, *(255 * eps for eps in CURVE_EPSILONS)], {"FGM": by_eps},
@@ -60,7 +63,7 @@ def draw_umap(folder, model, data, images, perturbed, labels, seed):
     The map is fitted again from the same features with the same seed: cheaper to trust than a pickled reducer.
     """
     reducer = common.fit_umap(common.backbone_features(model, common.as_float(data["train"][0])), seed)
-    attacked = common.fgm(common.frozen(model), images, labels, common.EPSILON["linf"])
+    attacked = common.fgm(model, images, labels, common.EPSILON["linf"])
     panels = {title: (common.map_into(reducer, common.backbone_features(model, changed)), labels)
               for title, changed in (("perturbed test", perturbed), ("test under FGM, eps = 8/255", attacked))}
     common.plot_maps(folder / "figure08_umap.png", panels, reducer.embedding_)

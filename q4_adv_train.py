@@ -1,15 +1,17 @@
 """Question 4: train on perturbed data, without and with the Fast Gradient Method in the training loop.
 
-Two models from random weights: `perturbed` sees every image with a new perturbation as in question 3 in every
-epoch; `perturbed_fgm_trained` sees such images under attack. Plain FGM training overfits catastrophically: after
+Two models, both from question 2's weights (`--init scratch`: from random ones): `perturbed` sees every image with a
+new perturbation as in question 3 in every epoch; `perturbed_fgm_trained` sees such images under attack. Plain FGM training overfits catastrophically: after
 some epochs it resists FGM and nothing else (Wong et al. 2020; Andriushchenko & Flammarion 2020). N-FGSM (de Jorge
 et al. 2022) prevents that at no cost, by uniform noise of twice epsilon before the step and no projection after
 it. That it works is shown by PGD-20 accuracy on validation images after every epoch.
 
-Reads   results/q1/split.npz, CIFAR-10; results of q2 and q3 for the comparison, if they are there
+Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 for the comparison, if they are there
 Writes  results/q4: a .pt file per model, figure09 to figure12 for each, metrics.json
 Run     python q4_adv_train.py
 """
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -24,30 +26,47 @@ PGD_IMAGES = 250  # the first validation images, attacked after every epoch
 def main():
     parser = common.argument_parser(__doc__)
     common.add_training_flags(parser, epochs=10, batch_size=64, lr=0.1, stem="stride2")
+    parser.add_argument("--init", choices=("q2", "scratch"), default="q2",
+                        help="first weights: those of question 2's model or random ones (q2)")
     args = common.parse_arguments(parser)
     folder = args.results / "q4"
     split, data = common.load_data(args)
-    origin = common.provenance(args, "q4", split)
+    first, parents = first_model(args, split)
+    origin = common.provenance(args, "q4", split, parents)
     images, labels = common.as_float(data["test"][0]), data["test"][1]
     perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
     results = {}
 
     for name, prepare in {"perturbed": perturb_only, "perturbed_fgm_trained": perturb_and_attack}.items():
         seconds = {}
-        model, history = train_on(prepare, name, data, args, split, folder / f"training_{name}.pt")
+        model = copy.deepcopy(first)
+        history = train_on(prepare, name, model, data, args, split, origin, folder / f"training_{name}.pt")
         seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
         model_sha256 = common.save_checkpoint(folder / f"{name}.pt", model, stem=args.stem, provenance=origin)
         draw_curves(folder, name, history)
+        trained = common.frozen(model, args.precision)
         with common.timed(seconds, "attack"):
-            measured = common.robustness(model, images, perturbed, labels, args.seed)
+            measured = common.robustness(trained, common.frozen(model), images, perturbed, labels, args.seed)
         with common.timed(seconds, "umap"):
-            draw_umap(folder, name, model, data, perturbed, args.seed)
+            draw_umap(folder, name, trained, data, perturbed, args.seed)
         results[name] = {**measured, "model_sha256": model_sha256, "history": history, "seconds": seconds}
 
     metrics = {key: {name: result[key] for name, result in results.items()} for key in results["perturbed"]}
     common.write_metrics(folder, origin, {**metrics, "n_test": len(labels), "epsilon": common.EPSILON})
     common.print_conditions("Question 4: accuracy on test, compared with questions 2 and 3",
                             {**common.measured_before(args, split), **common.models_of("q4", metrics)})
+
+
+def first_model(args, split):
+    """The model that training starts from, and a list of the checkpoint that it comes from, empty for random weights."""
+    if args.init == "scratch":
+        torch.manual_seed(args.seed)
+        return common.resnet18(len(common.CLASSES), args.stem).to(args.device), []
+    model, checkpoint = common.require_model(args, split, "q2")
+    if checkpoint["stem"] != args.stem:
+        raise common.UserError(f"question 2's model has the stem {checkpoint['stem']}; give --stem {checkpoint['stem']}, "
+                               "or --init scratch")
+    return model, [checkpoint]
 
 
 def perturb_only(model, images, labels, generator):
@@ -68,8 +87,8 @@ def perturb_and_attack(model, images, labels, generator):
     return (noisy.detach() + eps * gradient.sign()).clamp(0, 1)
 
 
-def train_on(prepare, name, data, args, split, state_file):
-    """A model trained on the images that `prepare` makes, in eval mode, and the history of its training."""
+def train_on(prepare, name, model, data, args, split, origin, state_file):
+    """Train the model in place on the images that `prepare` makes; returns the history."""
     images, labels = data["train"]
     val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
     val_images = common.perturbed_images(val_images, "val", args.seed)
@@ -83,16 +102,14 @@ def train_on(prepare, name, data, args, split, state_file):
         return F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING), (logits.argmax(1) == target).sum()
 
     def evaluate(model):
-        pgd = common.pgd_accuracy_by_step(common.frozen(model), val_images[:PGD_IMAGES], val_labels[:PGD_IMAGES],
+        model = common.frozen(model, args.precision)
+        pgd = common.pgd_accuracy_by_step(model, val_images[:PGD_IMAGES], val_labels[:PGD_IMAGES],
                                           common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS)
         return {**common.validation_scores(model, val_images, val_labels), "val_pgd": pgd[-1]}
 
-    torch.manual_seed(args.seed)
-    model = common.resnet18(len(common.CLASSES), args.stem).to(args.device)
     recipe = common.training_recipe(args, f"q4 {name}", split, label_smoothing=LABEL_SMOOTHING, noise=NOISE,
-                                    eps=common.EPSILON["linf"])
-    history = common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
-    return model, history
+                                    eps=common.EPSILON["linf"], first_weights=origin["parent_sha256"])
+    return common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
 
 
 def draw_curves(folder, name, history):

@@ -8,10 +8,11 @@ Attacking a k-NN vote: the vote has no gradient, so FGM and PGD raise a soft k-N
 (Wang, Wang & Xu 2021, "Adversarial Soft K-nearest Neighbors"; here with all training images as neighbours), and the
 vote itself decides what the attack achieved. Random noise of the same size is measured beside it.
 
-The first weights: torchvision's ImageNet ones when they are in its cache or can be fetched, otherwise random ones
-with a warning; `--init scratch`, `--init imagenet` or `--init FILE` (a model.pt from the same split) to choose.
+The first weights: torchvision's ImageNet ones when they are in its cache or can be fetched, otherwise with a warning
+those of question 2, which are pretrained too, though on the same 12,000 images; `--init imagenet`, `--init scratch` or
+`--init FILE` (a model.pt from the same split) to choose.
 
-Reads   results/q1/split.npz, CIFAR-10; results of q3 and q4 for the comparison, if they are there
+Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 and q4 for the comparison, if they are there
 Writes  results/q6: model.pt, figure13 to figure16, angular_loss.png (the figure of question 5), metrics.json
 Run     python q6_angular.py
 """
@@ -35,7 +36,7 @@ def main():
     parser = common.argument_parser(__doc__)
     common.add_training_flags(parser, epochs=8, batch_size=120, lr=0.1, stem="stride2")
     parser.add_argument("--init", default="auto",
-                        help="first weights: imagenet, scratch, a checkpoint FILE, or auto (imagenet, else scratch)")
+                        help="first weights: imagenet, scratch, a checkpoint FILE, or auto (imagenet, else question 2's)")
     args = common.parse_arguments(parser)
     folder = args.results / "q6"
     split, data = common.load_data(args)
@@ -50,19 +51,19 @@ def main():
     plot_angular_geometry(folder / "angular_loss.png")
 
     (train_images, train_labels), (val_images, val_labels), (test_images, labels) = data.values()
-    images = common.as_float(test_images)
+    trained, images = common.frozen(model, args.precision), common.as_float(test_images)
     perturbed = common.perturbed_images(test_images, "test", args.seed)
     with common.timed(seconds, "embed"):
-        train = embed(model, common.as_float(train_images))
-        test = embed(model, images)
-        val_accuracy = common.accuracy(vote(train, train_labels, embed(model, common.as_float(val_images))), val_labels)
+        train = embed(trained, common.as_float(train_images))
+        test = embed(trained, images)
+        val_accuracy = common.accuracy(vote(train, train_labels, embed(trained, common.as_float(val_images))), val_labels)
         retrieval = retrieval_quality(train, train_labels, test, labels)
     loss, decide = soft_knn_loss(train, train_labels), knn_decision(train, train_labels)
     with common.timed(seconds, "attack"):
-        measured = common.robustness(model, images, perturbed, labels, args.seed, loss, decide)
-    common.plot_examples(folder / "figure15_examples.png", model, images[:8], perturbed[:8], labels[:8], loss, decide)
+        measured = common.robustness(trained, common.frozen(model), images, perturbed, labels, args.seed, loss, decide)
+    common.plot_examples(folder / "figure15_examples.png", trained, images[:8], perturbed[:8], labels[:8], loss, decide)
     with common.timed(seconds, "umap"):
-        draw_umap(folder, model, train, train_labels, test, images, perturbed, labels, loss, args.seed)
+        draw_umap(folder, trained, train, train_labels, test, images, perturbed, labels, loss, args.seed)
 
     metrics = {**measured, "n_test": len(labels), "epsilon": common.EPSILON, "neighbours": NEIGHBOURS,
                "val": {"accuracy": val_accuracy}, "retrieval": retrieval, "model_sha256": {"model.pt": model_sha256},
@@ -74,7 +75,7 @@ def main():
 
 
 def first_model(args, split):
-    """The untrained model, and where its weights come from: "scratch", "imagenet" or "FILE (sha256)".
+    """The model to train, and where its weights come from: "scratch", "imagenet" or "FILE (sha256)".
 
     A backbone keeps its first layer random where the stem differs from that of the given weights.
     """
@@ -87,19 +88,14 @@ def first_model(args, split):
             if args.init == "imagenet":
                 raise common.UserError(f"torchvision's ImageNet weights cannot be fetched ({error}); connect to the "
                                        "network, or use --init scratch") from error
+            path = args.results / "q2" / "model.pt"
             print("WARNING: torchvision's ImageNet weights are neither in its cache nor to be fetched: "
-                  "TRAINING FROM SCRATCH, which is not what the assignment asks for.", file=sys.stderr)
-            return model, "scratch"
+                  f"STARTING FROM {path}, WHICH WAS TRAINED ON THE SAME FEW IMAGES.", file=sys.stderr)
+            weights, source = backbone_weights(path, args, split)
     elif args.init == "scratch":
         return model, "scratch"
     else:
-        checkpoint = common.read_checkpoint(args.init)
-        if checkpoint["provenance"].get("split_sha256") != split["sha256"]:
-            raise common.UserError(f"{args.init} was trained on another split, so test images may be among its training "
-                                   f"images; use one from {args.results}, for instance {args.results / 'q2/model.pt'}")
-        weights = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint["weights"].items()
-                   if name.startswith("backbone.")}
-        source = f"{args.init} ({checkpoint['sha256']})"
+        weights, source = backbone_weights(args.init, args, split)
     if weights["conv1.weight"].shape != model.backbone.conv1.weight.shape:
         weights["conv1.weight"] = model.backbone.conv1.weight.detach()
     model.backbone.load_state_dict(weights)
@@ -112,6 +108,17 @@ def imagenet_weights():
 
     weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     return {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+
+
+def backbone_weights(path, args, split):
+    """A checkpoint's weights without normalisation and head, and "FILE (sha256)". Raises UserError for another split."""
+    checkpoint = common.read_checkpoint(path, common.script_command("q2", args.results, args.quick))
+    if checkpoint["provenance"].get("split_sha256") != split["sha256"]:
+        raise common.UserError(f"{path} was trained on another split, so test images may be among its training images; "
+                               f"use one from {args.results}, for instance {args.results / 'q2/model.pt'}")
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint["weights"].items()
+               if name.startswith("backbone.")}
+    return weights, f"{path} ({checkpoint['sha256']})"
 
 
 def train_embedding(model, data, args, split, init, state_file):
@@ -142,6 +149,7 @@ def train_embedding(model, data, args, split, init, state_file):
         return angular_loss(embeddings, labels[indices]), nearest_is_same_class(embeddings, labels[indices])
 
     def evaluate(model):
+        model = common.frozen(model, args.precision)
         train, val = (embed(model, common.as_float(part)) for part in (images[:REFERENCE_IMAGES], val_images))
         predicted = vote(train, labels[:REFERENCE_IMAGES], val)
         val_batches = zip(val.split(args.batch_size), val_labels.split(args.batch_size))
@@ -159,8 +167,8 @@ def nearest_is_same_class(embeddings, labels):
 
 
 def embed(model, images):
-    """L2-normalised embeddings, float32 N x EMBEDDING."""
-    return F.normalize(common.in_batches(common.frozen(model), images))
+    """L2-normalised embeddings by a `frozen` model, float32 N x EMBEDDING."""
+    return F.normalize(common.in_batches(model, images))
 
 
 def vote(train, train_labels, embeddings):
@@ -217,7 +225,7 @@ def draw_curves(folder, history):
 def draw_umap(folder, model, train, train_labels, test, images, perturbed, labels, loss, seed):
     """Figures 14 and 16: UMAP fitted on the training embeddings; test, perturbed and attacked test in that map."""
     reducer = common.fit_umap(train, seed)
-    attacked = common.fgm(common.frozen(model), images, labels, common.EPSILON["linf"], loss=loss)
+    attacked = common.fgm(model, images, labels, common.EPSILON["linf"], loss=loss)
 
     def placed(embeddings):
         return common.map_into(reducer, embeddings), labels
