@@ -25,7 +25,7 @@ PGD_IMAGES = 250  # the first validation images, attacked after every epoch
 
 def main():
     parser = common.argument_parser(__doc__)
-    common.add_training_flags(parser, epochs=10, batch_size=64, lr=0.1, stem="stride2")
+    common.add_training_flags(parser, epochs=16, batch_size=64, lr=0.1, stem="stride2")
     parser.add_argument("--init", choices=("q2", "scratch"), default="q2",
                         help="first weights: those of question 2's model or random ones (q2)")
     args = common.parse_arguments(parser)

@@ -34,7 +34,7 @@ REFERENCE_IMAGES = 2_000  # training images that vote after each epoch; all of t
 
 def main():
     parser = common.argument_parser(__doc__)
-    common.add_training_flags(parser, epochs=8, batch_size=120, lr=0.1, stem="stride2")
+    common.add_training_flags(parser, epochs=8, batch_size=120, lr=0.05, stem="stride2")
     parser.add_argument("--init", default="auto",
                         help="first weights: imagenet, scratch, a checkpoint FILE, or auto (imagenet, else question 2's)")
     args = common.parse_arguments(parser)

@@ -57,7 +57,7 @@ def read_results(args):
 
 
 def refuse_mixtures(found, args):
-    """Raise UserError unless all results have one split, one seed and one mode, and q3 attacked the present q2."""
+    """Raise UserError unless all results have one split, one seed and one mode, and q3 and q4 began with the present q2."""
     def command(question):
         return common.script_command(question, args.results, args.quick)
 
@@ -68,9 +68,10 @@ def refuse_mixtures(found, args):
             if of(found[question]) != of(found[first]):
                 raise common.UserError(f"{args.results}: {question} and {first} are of a different {key}; "
                                        f"make {question} again with: {command(question)}")
-    if "q2" in found and "q3" in found and found["q3"]["parent_sha256"] != [found["q2"]["model_sha256"]["model.pt"]]:
-        raise common.UserError(f"{args.results}: q3 attacked another model than q2's present one; "
-                               f"make q3 again with: {command('q3')}")
+    for question in {"q3", "q4"} & found.keys() if "q2" in found else ():
+        if found[question]["parent_sha256"] not in ([], [found["q2"]["model_sha256"]["model.pt"]]):
+            raise common.UserError(f"{args.results}: {question} began with another model than q2's present one; "
+                                   f"make {question} again with: {command(question)}")
 
 
 # ---- The sections: lists of ("heading", text), ("text", text), ("table", header, rows), ("figure", path, caption)
@@ -151,7 +152,7 @@ def adversarial_section(q4):
     blocks = [
         ("heading", "Question 4: training on perturbed and attacked data"),
         ("text", f"Asked: train on data perturbed as in question 3, without and with FGM in the loop. Done: "
-                 f"{training_settings(q4)}; the attack in the loop is N-FGSM (de Jorge et al. 2022), which prevents "
+                 f"{training_settings(q4)}; first weights: {q4['settings']['init']}; the attack in the loop is N-FGSM (de Jorge et al. 2022), which prevents "
                  "catastrophic overfitting."),
         conditions_table(models),
         ("text", f"FGM in the loop moves accuracy on perturbed images under FGM from {common.percent(clean['perturbed_fgm'])} to "

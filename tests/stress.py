@@ -1,6 +1,7 @@
 """The long form of test_resume.py and test_errors.py, half an hour: make stress"""
 
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -16,8 +17,9 @@ MODELS = {"q2": ["model.pt"], "q4": ["perturbed.pt", "perturbed_fgm_trained.pt"]
 @pytest.mark.parametrize("question", MODELS)
 def test_a_script_killed_ten_times_ends_with_the_same_weights(cifar10, tmp_path, question):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for results in (whole, killed):
-        subprocess.run(helpers.quick_script("q1", cifar10, results), check=True)
+    for needed in ("q1", "q2") if question == "q4" else ("q1",):
+        subprocess.run(helpers.quick_script(needed, cifar10, whole), check=True)
+    shutil.copytree(whole, killed)
     started = time.monotonic()
     subprocess.run(helpers.quick_script(question, cifar10, whole), check=True)
     seconds = time.monotonic() - started

@@ -123,18 +123,14 @@ def test_an_unknown_norm_is_refused(linear, images, labels):
 
 def test_attacks_leave_the_model_as_it_is(images, labels):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 10)).train()
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 10)).eval()
     before = copy.deepcopy(model.state_dict())
-    common.robustness(model, images[:50], images[50:100], labels[:50], seed=0)
-    assert model.training
-    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-    model.eval()
+    common.robustness(model, model, images[:50], images[50:100], labels[:50], seed=0)
     common.fgm(model, images, labels, EPS)
     common.pgd(model, images, labels, EPS, 2 / 255, 2)
     assert not model.training
     assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_random_noise_moves_every_value_by_eps_or_to_the_edge(images):
@@ -196,7 +192,7 @@ def matched():
 
 def test_a_plain_model_gives_no_warning(matched):
     model, images, labels = matched
-    measured = common.robustness(model, images, images, labels, seed=0)
+    measured = common.robustness(model, model, images, images, labels, seed=0)
     assert measured["accuracy"]["clean"] > 0.99 and measured["accuracy"]["fgm"] < 0.01
     assert measured["checks"]["noise"] > 0.99
     assert measured["warnings"] == []
@@ -204,16 +200,25 @@ def test_a_plain_model_gives_no_warning(matched):
 
 def test_masked_gradients_give_warnings(matched):
     model, images, labels = matched
-    measured = common.robustness(nn.Sequential(Quantise(), model), images, images, labels, seed=0)
+    masked = nn.Sequential(Quantise(), model)
+    measured = common.robustness(masked, masked, images, images, labels, seed=0)
     assert measured["accuracy"]["pgd"] == measured["accuracy"]["clean"] > 0.5
     text = " ".join(measured["warnings"])
     assert "Random noise" in text and "eps = 1" in text
 
 
+def test_an_attack_that_is_stronger_in_float32_gives_a_warning(matched):
+    model, images, labels = matched
+    measured = common.robustness(nn.Sequential(Quantise(), model), model, images, images, labels, seed=0)
+    assert measured["checks"]["fgm"] > measured["checks"]["fgm_float32"] + 0.5
+    assert any("--precision float32" in warning for warning in measured["warnings"])
+
+
 def test_catastrophic_overfitting_gives_a_warning():
     values = {"clean": 0.9, "fgm": 0.8, "pgd": 0.0}
     model, image = nn.Flatten(), torch.zeros(1, 10, 1, 1)
-    _, warnings = common.attack_checks(model, image, torch.tensor([0]), values, 0, common.summed_cross_entropy, common.most_likely)
+    _, warnings = common.attack_checks(model, model, image, torch.tensor([0]), values, 0,
+                                       common.summed_cross_entropy, common.most_likely)
     assert any("far weaker than PGD" in warning for warning in warnings)
 
 

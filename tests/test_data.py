@@ -13,6 +13,7 @@ from torchvision.transforms import functional as tvf
 import common
 import helpers
 import q1_split
+import q2_train_ce
 
 TVF_STEPS = (("brightness", tvf.adjust_brightness), ("contrast", tvf.adjust_contrast),
              ("saturation", tvf.adjust_saturation), ("hue", tvf.adjust_hue))
@@ -258,3 +259,16 @@ def test_crop_and_flip_gives_each_shifted_or_mirrored_version_equally_often():
     versions = Counter(version_of[each.numpy().tobytes()] for each in augmented)
     assert len(versions) == 162
     assert chisquare(list(versions.values())).pvalue > 1e-3
+
+
+def test_cutout_covers_every_pixel_and_at_most_one_square():
+    images = torch.ones(2000, 3, 32, 32)
+    changed = q2_train_ce.cut_out(images, torch.Generator().manual_seed(0)) != images
+    mean = torch.tensor(common.CIFAR10_MEAN)
+    assert torch.equal(q2_train_ce.cut_out(images, torch.Generator().manual_seed(0))[changed],
+                       mean.view(1, 3, 1, 1).expand_as(images)[changed])
+    assert torch.equal(changed[:, 0], changed[:, 1]) and torch.equal(changed[:, 0], changed[:, 2])
+    rows, columns = changed[:, 0].any(2).sum(1), changed[:, 0].any(1).sum(1)
+    assert torch.equal(changed[:, 0].sum((1, 2)), rows * columns)  # a rectangle, cut only by the border
+    assert rows.max() == columns.max() == q2_train_ce.CUTOUT and rows.min() == columns.min() == q2_train_ce.CUTOUT // 2
+    assert changed[:, 0].any(0).all()

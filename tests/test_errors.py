@@ -99,7 +99,7 @@ def test_a_script_run_from_a_shell_ends_with_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize("script, flags", [
     (q2_train_ce, ["--batch-size", "21"]),  # the split has 20 training images
     (q2_train_ce, ["--batch-size", "1"]),  # batch-norm of one image whose map is 1 x 1
-    (q4_adv_train, ["--batch-size", "21"]),
+    (q4_adv_train, ["--init", "scratch", "--batch-size", "21"]),
     (q6_angular, ["--init", "scratch", "--batch-size", "25"]),  # not as many of each class
 ])
 def test_a_batch_size_that_cannot_work_is_refused(error_line, tmp_path, split, random_images, script, flags):
@@ -129,11 +129,25 @@ def test_imagenet_weights_without_network_are_explained(error_line, tmp_path, sp
     assert "no network" in line and "--init scratch" in line
 
 
-def test_without_imagenet_weights_question_6_starts_from_scratch_with_a_warning(split, no_network, tmp_path, capsys):
+def test_without_imagenet_weights_question_6_starts_from_question_2s_with_a_warning(split, no_network, tmp_path, capsys):
     args = helpers.tiny_args(init="auto", results=tmp_path)
+    path = tmp_path / "q2" / "model.pt"
+    origin = {"question": "q2", "split_sha256": split["sha256"]}
+    common.write_file(path, helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)))
     _, source = q6_angular.first_model(args, split)
-    assert source == "scratch"
+    assert source.startswith(str(path))
     assert "WARNING" in capsys.readouterr().err
+
+
+def test_without_imagenet_weights_and_question_2_the_way_out_is_named(split, no_network, tmp_path):
+    with pytest.raises(common.UserError, match="python q2_train_ce.py --results"):
+        q6_angular.first_model(helpers.tiny_args(init="auto", results=tmp_path), split)
+
+
+def test_question_4_refuses_to_start_from_another_stem(error_line, split, random_images, tmp_path):
+    origin = {"question": "q2", "split_sha256": split["sha256"]}
+    common.write_file(tmp_path / "q2" / "model.pt", helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)))
+    assert "--stem imagenet" in error_line(q4_adv_train.main, "--quick", "--results", tmp_path, "--stem", "stride2")
 
 
 def test_a_checkpoint_to_start_from_must_exist_and_be_of_this_split(error_line, tmp_path, split, random_images):
@@ -306,7 +320,7 @@ def test_a_report_on_metrics_that_lack_something_is_refused(error_line, tmp_path
     ({"split_sha256": "1" * 64}, "different split"),
     ({"settings": {"seed": 1}}, "different seed"),
     ({"quick": True}, "different mode"),
-    ({"parent_sha256": ["2" * 64]}, "attacked another model"),
+    ({"parent_sha256": ["2" * 64]}, "began with another model"),
 ])
 def test_a_report_does_not_mix_what_cannot_be_compared(error_line, tmp_path, change, reason):
     origin = {"split_sha256": "0" * 64, "settings": {"seed": 0}, "quick": False, "parent_sha256": ["1" * 64]}

@@ -64,6 +64,16 @@ def test_frozen_computes_what_eval_computes_without_gradients_for_the_weights(st
         assert torch.allclose(frozen(images), model.eval()(images), atol=1e-4)
 
 
+def test_frozen_in_bfloat16_computes_nearly_the_same_and_takes_and_gives_float32():
+    model, images = trained_looking("imagenet")
+    exact, rounded = (common.frozen(model, precision)(images) for precision in ("float32", "bfloat16"))
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+    images.requires_grad_()
+    common.frozen(model, "bfloat16")(images).sum().backward()
+    assert images.grad.dtype == torch.float32 and images.grad.abs().sum() > 0
+
+
 # ---- Checkpoints -------------------------------------------------------------------------------
 
 

@@ -64,7 +64,11 @@ def trainings():
         return q6_angular.train_embedding(model, helpers.tiny_data(), args, SPLIT, "scratch", state_file)
 
     def adversarial(prepare):
-        return lambda args, state_file: q4_adv_train.train_on(prepare, "m", helpers.tiny_data(), args, SPLIT, state_file)[1]
+        def train(args, state_file):
+            torch.manual_seed(0)
+            model = common.resnet18(10, args.stem)
+            return q4_adv_train.train_on(prepare, "m", model, helpers.tiny_data(), args, SPLIT, {"parent_sha256": []}, state_file)
+        return train
 
     return {"q4 perturbed": adversarial(q4_adv_train.perturb_only),
             "q4 perturbed and attacked": adversarial(q4_adv_train.perturb_and_attack),
