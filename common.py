@@ -650,7 +650,7 @@ def frozen(model, precision="float32"):
     dtype = getattr(torch, precision)
     layers = OrderedDict(normalize=model.normalize, lower=Cast(dtype), backbone=model.backbone.to(dtype),
                          restore=Cast(torch.float32), head=model.head)
-    return nn.Sequential(layers).to(memory_format=torch.channels_last)
+    return nn.Sequential(layers).eval().to(memory_format=torch.channels_last)
 
 
 def in_batches(function, images):

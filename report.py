@@ -203,9 +203,13 @@ def comparison(found):
     for key, title in common.CONDITIONS.items():
         name = max(models, key=lambda model: models[model]["accuracy"][key])
         best.append(f"{title}: {name}, {common.percent(models[name]['accuracy'][key])}")
-    epochs = ", ".join(f"{question} {found[question]['settings']['epochs']}" for question in ("q2", "q4", "q6") if question in found)
+    first_weights = {"q2": lambda metrics: "random weights", "q4": lambda metrics: metrics["settings"]["init"],
+                     "q6": lambda metrics: metrics["init"].split(" (")[0]}
+    epochs = ", ".join(f"{question} {found[question]['settings']['epochs']} from {first(found[question])}"
+                       for question, first in first_weights.items() if question in found)
     blocks = [("heading", "Comparison of all models"), conditions_table(models),
-              ("text", f"Epochs of training behind these numbers: {epochs}. Where they differ, so does the time to learn."),
+              ("text", f"Epochs of training behind these numbers: {epochs}. Those of a model that began with another's weights "
+                       "come on top of that model's."),
               ("text", "Best under each condition: " + "; ".join(best) + ".")]
     reference, *others = models
     for name in others:
