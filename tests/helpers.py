@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -25,8 +26,8 @@ TRAINING_FLAGS = {"q2": ["--stem", "imagenet"], "q4": ["--stem", "imagenet"], "q
 # ---- Data --------------------------------------------------------------------------------------
 
 
-def write_synthetic_cifar10(root):
-    """CIFAR-10's seven files under `root`, full size: noise and over it, faintly, a coarse picture per class.
+def write_synthetic_cifar10(root, per_file=10_000):
+    """CIFAR-10's seven files under `root`: noise and over it, faintly, a coarse picture per class.
 
     Returns the SHA-256 that common.py wants to hear before it opens them.
     """
@@ -36,12 +37,12 @@ def write_synthetic_cifar10(root):
     folder.mkdir(parents=True)
     batches = {f"data_batch_{number}": f"training batch {number} of 5" for number in range(1, 6)}
     for name, title in {**batches, "test_batch": "testing batch 1 of 1"}.items():
-        labels = rng.permutation(np.arange(10_000) % 10)
-        noise = np.frombuffer(rng.bytes(10_000 * 3072), np.uint8).reshape(10_000, 3072) // 2 + 64
+        labels = rng.permutation(np.arange(per_file) % 10)
+        noise = np.frombuffer(rng.bytes(per_file * 3072), np.uint8).reshape(per_file, 3072) // 2 + 64
         content = {"batch_label": title, "labels": labels.tolist(), "data": (noise + pictures[labels]).astype(np.uint8),
-                   "filenames": [f"synthetic_{number:05}.png" for number in range(10_000)]}
+                   "filenames": [f"synthetic_{number:05}.png" for number in range(per_file)]}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    meta = {"num_cases_per_batch": 10_000, "label_names": list(common.CLASSES), "num_vis": 3072}
+    meta = {"num_cases_per_batch": per_file, "label_names": list(common.CLASSES), "num_vis": 3072}
     (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
     return common.sha256(*((folder / name).read_bytes() for name in [*batches, "test_batch", "batches.meta"]))
 
@@ -213,7 +214,22 @@ def metrics_target(folder):
     return folder / "q4" / "metrics.json", read
 
 
-FUZZ_TARGETS = {"split": split_target, "checkpoint": checkpoint_target, "training state": state_target, "metrics": metrics_target}
+def data_target(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYNTHETIC_CIFAR10_SHA256", write_synthetic_cifar10(folder, per_file=20))
+        sound = common._cifar10_dataset(folder)
+
+    def read():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "_cifar10_dataset", lambda root: sound)  # with the checksums of the sound files
+            images, labels = common.load_cifar10(folder)
+        return images.tolist(), labels.tolist()
+
+    return folder / sound.base_folder / "data_batch_3", read
+
+
+FUZZ_TARGETS = {"split": split_target, "checkpoint": checkpoint_target, "training state": state_target,
+                "metrics": metrics_target, "data": data_target}
 
 
 def assert_survives_fuzzing(target, folder, number, seed):
@@ -229,6 +245,28 @@ def assert_survives_fuzzing(target, folder, number, seed):
             assert "\n" not in str(error)
         else:
             assert found == expected, f"mutation {attempt} of the {target} was read as if it were sound"
+
+
+def assert_flags_survive_fuzzing(monkeypatch, folder, number, seed):
+    """Each of `number` command lines with mutated values ends in one line and status 2, or in values of their kind."""
+    rng = random.Random(seed)
+    sound = {"--seed": "3", "--epochs": "12", "--batch-size": "64", "--lr": "0.1", "--stem": "cifar", "--precision": "float32",
+             "--device": "cpu"}
+    for _ in range(number):
+        words = [word for flag in rng.sample(list(sound), 2)
+                 for word in (flag, mutated(sound[flag].encode(), rng).decode("utf-8", "replace"))]
+        monkeypatch.setattr(sys, "argv", ["script.py", "--results", str(folder), *words])
+        parser = common.argument_parser("A script.")
+        common.add_training_flags(parser, epochs=1, batch_size=2, lr=0.1, stem="stride2")
+        try:
+            args = common.parse_arguments(parser)
+        except common.UserError as error:
+            assert "\n" not in str(error)
+        except SystemExit as end:
+            assert end.code == 2, words
+        else:
+            assert args.seed >= 0 and args.epochs >= 1 and args.batch_size >= 2 and 0 < args.lr < float("inf"), words
+            assert args.stem in common.STEMS and args.precision in ("float32", "bfloat16") and args.device == "cpu", words
 
 
 def mutated(content, rng):

@@ -1,4 +1,4 @@
-"""The long form of test_resume.py and test_errors.py, half an hour: make stress"""
+"""The long form of test_resume.py and test_errors.py, a quarter of an hour: make stress"""
 
 import random
 import shutil
@@ -38,5 +38,10 @@ def test_a_script_killed_ten_times_ends_with_the_same_weights(cifar10, tmp_path,
 
 
 @pytest.mark.parametrize("seed, target", list(enumerate(helpers.FUZZ_TARGETS, start=100)))
-def test_five_hundred_randomly_damaged_files_are_noticed(tmp_path, seed, target):
+def test_hundreds_of_randomly_damaged_files_are_noticed(tmp_path, seed, target):
     helpers.assert_survives_fuzzing(target, tmp_path, number=125, seed=seed)
+
+
+def test_hundreds_of_randomly_damaged_flags_are_noticed(monkeypatch, tmp_path, capsys):
+    helpers.assert_flags_survive_fuzzing(monkeypatch, tmp_path, number=500, seed=100)
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())

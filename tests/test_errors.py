@@ -335,6 +335,11 @@ def test_randomly_damaged_files_are_noticed(tmp_path, seed, target):
     helpers.assert_survives_fuzzing(target, tmp_path, number=25, seed=seed)
 
 
+def test_randomly_damaged_flags_are_noticed(monkeypatch, tmp_path, capsys):
+    helpers.assert_flags_survive_fuzzing(monkeypatch, tmp_path, number=50, seed=0)
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
 # ---- Writing -----------------------------------------------------------------------------------
 
 
