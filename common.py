@@ -1094,8 +1094,8 @@ def plot_maps(path, panels, limits_of):
 def plot_examples(path, model, images, perturbed, labels, loss=summed_cross_entropy, decide=most_likely):
     """A column per image: original, perturbed, attacked by FGM at EPSILON, both, and what FGM changed.
 
-    model: `frozen`; images and perturbed n x 3 x 32 x 32, labels n; loss and decide as in `robustness`. Above each image stands
-    its predicted class, green when right and red when wrong.
+    model: `frozen`; images and perturbed n x 3 x 32 x 32, labels n; loss and decide as in `robustness`. Above each
+    image stands its predicted class, green when right and red when wrong.
     """
     from matplotlib.figure import Figure
 

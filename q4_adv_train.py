@@ -1,10 +1,11 @@
 """Question 4: train on perturbed data, without and with the Fast Gradient Method in the training loop.
 
-Two models, both from question 2's weights (`--init scratch`: from random ones): `perturbed` sees every image with a
-new perturbation as in question 3 in every epoch; `perturbed_fgm_trained` sees such images under attack. Plain FGM training overfits catastrophically: after
-some epochs it resists FGM and nothing else (Wong et al. 2020; Andriushchenko & Flammarion 2020). N-FGSM (de Jorge
-et al. 2022) prevents that at no cost, by uniform noise of twice epsilon before the step and no projection after
-it. That it works is shown by PGD-20 accuracy on validation images after every epoch.
+Two models, both from question 2's weights, so that these epochs come on top of that question's (`--init scratch`: from
+random ones). `perturbed` sees every image with a new perturbation as in question 3 in every epoch;
+`perturbed_fgm_trained` sees such images under attack. Plain FGM training overfits catastrophically: after some epochs
+it resists FGM and nothing else (Wong et al. 2020; Andriushchenko & Flammarion 2020). N-FGSM (de Jorge et al. 2022)
+prevents that at no cost, by uniform noise of twice epsilon before the step and no projection after it. That it works
+is shown by PGD-20 accuracy on validation images after every epoch.
 
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 for the comparison, if they are there
 Writes  results/q4: a .pt file per model, figure09 to figure12 for each, metrics.json

@@ -138,6 +138,8 @@ def attack_section(q3):
                  f"({checks['images']} images): the direction matters, not the size. PGD-20 leaves "
                  f"{common.percent(value['pgd'])}, {points(value['fgm'] - value['pgd'])} below FGM: that gap is what one step "
                  "misses, and FGM alone would flatter the model by it."),
+        ("text", f"Precision: on the first {checks['images']} images FGM leaves {common.percent(checks['fgm'])} as measured and "
+                 f"{common.percent(checks['fgm_float32'])} with float32 arithmetic throughout."),
         *warnings_of({"cross-entropy (q2)": q3}),
         ("figure", "q3/fgm_by_epsilon.png", f"FGM over epsilon, on {q3['fgm_by_eps']['images']} test images."),
         ("figure", "q3/pgd_by_step.png", "PGD over its number of steps, on all test images."),
