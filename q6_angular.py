@@ -29,6 +29,7 @@ EMBEDDING = 128
 ALPHA = 40  # degrees
 NEIGHBOURS = 100
 TEMPERATURE = 0.1  # of the soft k-NN loss that attacks raise
+QUERIES = 1_000  # test images whose retrieval is scored at once, to spare memory
 REFERENCE_IMAGES = 2_000  # training images that vote after each epoch; all of them vote at the end
 
 
@@ -203,13 +204,15 @@ def retrieval_quality(train, train_labels, test, test_labels):
     names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
     largest_class = int(torch.bincount(train_labels).max())
     calculator = AccuracyCalculator(include=names, k=largest_class, device=train.device, knn_func=nearest_neighbours)
-    return calculator.get_accuracy(test, test_labels, train, train_labels)
+    batches = zip(test.split(QUERIES), test_labels.split(QUERIES))
+    scores = [(len(labels), calculator.get_accuracy(queries, labels, train, train_labels)) for queries, labels in batches]
+    return {name: sum(number * score[name] for number, score in scores) / len(test) for name in names}
 
 
 def nearest_neighbours(query, k, reference, ref_includes_query=False):
     """Exact k-NN in the form that AccuracyCalculator asks for, without faiss: squared distances and indices."""
-    found = [(2 - 2 * batch @ reference.T).topk(k, largest=False) for batch in query.split(1000)]
-    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+    nearest = (2 - 2 * query @ reference.T).topk(k, largest=False)
+    return nearest.values, nearest.indices
 
 
 def draw_curves(folder, history):
