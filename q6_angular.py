@@ -227,8 +227,8 @@ def draw_curves(folder, history):
 
 def draw_umap(folder, model, train, train_labels, test, images, perturbed, labels, loss, seed):
     """Figures 14 and 16: UMAP fitted on the training embeddings; test, perturbed and attacked test in that map."""
+    under_fgm = embed(model, common.fgm(model, images, labels, common.EPSILON["linf"], loss=loss))
     reducer = common.fit_umap(train, seed)
-    attacked = common.fgm(model, images, labels, common.EPSILON["linf"], loss=loss)
 
     def placed(embeddings):
         return common.map_into(reducer, embeddings), labels
@@ -236,7 +236,7 @@ def draw_umap(folder, model, train, train_labels, test, images, perturbed, label
     common.plot_maps(folder / "figure14_umap.png", {"train": (reducer.embedding_, train_labels),
                                                     "test, in the map of train": placed(test)}, reducer.embedding_)
     common.plot_maps(folder / "figure16_umap.png", {"perturbed test": placed(embed(model, perturbed)),
-                                                    "test under FGM, eps = 8/255": placed(embed(model, attacked))},
+                                                    "test under FGM, eps = 8/255": placed(under_fgm)},
                      reducer.embedding_)
 
 
