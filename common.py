@@ -579,6 +579,12 @@ def load_checkpoint(path):
     return build_model(read_checkpoint(path))
 
 
+def refuse_other_split(path, checkpoint, split, way_out):
+    """Raise UserError, with the way out in it, unless the checkpoint read from `path` was trained on this split."""
+    if checkpoint["provenance"].get("split_sha256") != split["sha256"]:
+        raise UserError(f"{path} was trained on another split, so test images may be among its training images; {way_out}")
+
+
 def require_model(args, split, question, file="model.pt"):
     """An earlier question's model on args.device, in eval mode, and its checkpoint's dict.
 
@@ -590,9 +596,7 @@ def require_model(args, split, question, file="model.pt"):
     origin = checkpoint["provenance"]
     if origin.get("question") != question:
         raise UserError(f"{path} belongs to question {origin.get('question')}; make the right one with: {made_by}")
-    if origin.get("split_sha256") != split["sha256"]:
-        raise UserError(f"{path} was trained on another split, so test images may be among its training images; "
-                        f"make the right one with: {made_by}")
+    refuse_other_split(path, checkpoint, split, f"make the right one with: {made_by}")
     return build_model(checkpoint).to(args.device), checkpoint
 
 

@@ -114,9 +114,8 @@ def imagenet_weights():
 def backbone_weights(path, args, split):
     """A checkpoint's weights without normalisation and head, and "FILE (sha256)". Raises UserError for another split."""
     checkpoint = common.read_checkpoint(path, common.script_command("q2", args.results, args.quick))
-    if checkpoint["provenance"].get("split_sha256") != split["sha256"]:
-        raise common.UserError(f"{path} was trained on another split, so test images may be among its training images; "
-                               f"use one from {args.results}, for instance {args.results / 'q2/model.pt'}")
+    common.refuse_other_split(path, checkpoint, split,
+                              f"use one from {args.results}, for instance {args.results / 'q2/model.pt'}")
     weights = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint["weights"].items()
                if name.startswith("backbone.")}
     return weights, f"{path} ({checkpoint['sha256']})"

@@ -68,8 +68,8 @@ def refuse_mixtures(found, args):
             if of(found[question]) != of(found[first]):
                 raise common.UserError(f"{args.results}: {question} and {first} are of a different {key}; "
                                        f"make {question} again with: {command(question)}")
-    for question in {"q3", "q4"} & found.keys() if "q2" in found else ():
-        if found[question]["parent_sha256"] not in ([], [found["q2"]["model_sha256"]["model.pt"]]):
+    for question in ("q3", "q4"):
+        if {"q2", question} <= found.keys() and found[question]["parent_sha256"] not in ([], [found["q2"]["model_sha256"]["model.pt"]]):
             raise common.UserError(f"{args.results}: {question} began with another model than q2's present one; "
                                    f"make {question} again with: {command(question)}")
 
@@ -154,8 +154,8 @@ def adversarial_section(q4):
     blocks = [
         ("heading", "Question 4: training on perturbed and attacked data"),
         ("text", f"Asked: train on data perturbed as in question 3, without and with FGM in the loop. Done: "
-                 f"{training_settings(q4)}; first weights: {q4['settings']['init']}; the attack in the loop is N-FGSM (de Jorge et al. 2022), which prevents "
-                 "catastrophic overfitting."),
+                 f"{training_settings(q4)}; first weights: {q4['settings']['init']}; the attack in the loop is N-FGSM "
+                 "(de Jorge et al. 2022), which prevents catastrophic overfitting."),
         conditions_table(models),
         ("text", f"FGM in the loop moves accuracy on perturbed images under FGM from {common.percent(clean['perturbed_fgm'])} to "
                  f"{common.percent(robust['perturbed_fgm'])} and costs {points(clean['clean'] - robust['clean'])} on clean "

@@ -25,6 +25,7 @@ import q2_train_ce  # noqa: E402
 ROUNDS = 5
 BATCH = 128
 STEM = "stride2"
+PRECISION = common._pick_precision("auto", "cpu")  # what the scripts use here
 
 
 def main():
@@ -71,12 +72,11 @@ def augmented(images, generator):
 def bench_training(root, images, labels):
     """An epoch over 1,280 images: our loop's step against the usual DataLoader loop, same network and optimiser."""
     number = 10 * BATCH
-    precision = common._pick_precision("auto", "cpu")
     images, labels = images[:number], labels[:number]
     model = common.resnet18(10, STEM).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
 
-    def our_epoch(dtype=precision):
+    def our_epoch(dtype=PRECISION):
         generator = torch.Generator().manual_seed(0)
         for indices in common.shuffled_batches(number, BATCH, generator):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -100,13 +100,13 @@ def bench_training(root, images, labels):
             plain_optimizer.step()
 
     ours, ours_float32, peer = alternate(our_epoch, lambda: our_epoch("float32"), usual_epoch)
-    row(f"training, images/s, stem {STEM}, {precision}", f"{number / ours:.0f}", f"{number / peer:.0f}", f"{peer / ours:.2f}x", "1.5x")
+    row(f"training, images/s, stem {STEM}, {PRECISION}", f"{number / ours:.0f}", f"{number / peer:.0f}", f"{peer / ours:.2f}x", "1.5x")
     row("the same in float32", f"{number / ours_float32:.0f}", f"{number / peer:.0f}", f"{peer / ours_float32:.2f}x", "")
 
     flops = 3 * forward_flops(model, images[:1])
     left, right = torch.rand(2, 2048, 2048)
     limit = 2 * 2048**3 / alternate(lambda: left @ right)[0]
-    for name, seconds in ((precision, ours), ("float32", ours_float32)):
+    for name, seconds in ((PRECISION, ours), ("float32", ours_float32)):
         share = flops * number / seconds / limit
         row(f"the same in GFLOP/s against a 2048^3 float32 product, {name}", f"{flops * number / seconds / 1e9:.0f}",
             f"{limit / 1e9:.0f}", f"{share:.0%}", "50%")
@@ -150,8 +150,7 @@ def bench_attacks(images, labels):
     """FGM on 500 images and PGD-20 on 50, for a model with random weights (the work does not depend on them)."""
     torch.manual_seed(0)
     model = common.resnet18(10, STEM).eval()
-    precision = common._pick_precision("auto", "cpu")
-    ours, ours_float32 = common.frozen(model, precision), common.frozen(model)
+    ours, ours_float32 = common.frozen(model, PRECISION), common.frozen(model)
     eps, step = common.EPSILON["linf"], common.PGD_STEP_SIZE
     for title, number, bound, attack, theirs in (
         ("FGM", 500, "1.3x", lambda network, x, y: common.fgm(network, x, y, eps), peer_fgm(model, eps)),
@@ -161,7 +160,7 @@ def bench_attacks(images, labels):
         seconds, float32, *peers = alternate(lambda: attack(ours, x, y), lambda: attack(ours_float32, x, y),
                                              *(lambda peer=peer: peer(x, y) for peer in theirs.values()))
         for name, peer in zip(theirs, peers):
-            row(f"{title}, images/s, {precision}, against {name}", f"{number / seconds:.1f}", f"{number / peer:.1f}", f"{peer / seconds:.2f}x", bound)
+            row(f"{title}, images/s, {PRECISION}, against {name}", f"{number / seconds:.1f}", f"{number / peer:.1f}", f"{peer / seconds:.2f}x", bound)
         fastest = min(peers)
         row(f"{title}, images/s, float32, against the fastest", f"{number / float32:.1f}", f"{number / fastest:.1f}", f"{fastest / float32:.2f}x", "")
 
@@ -217,7 +216,6 @@ def bench_evaluation(images):
     """1,000 images by us and by a plain loop over the same network."""
     images = common.as_float(images[:1_000])
     model = common.resnet18(10, STEM).eval()
-    precision = common._pick_precision("auto", "cpu")
     plain = nn.Sequential(common.Normalize(), common.resnet18(10, STEM).backbone, nn.Linear(512, 10))
     plain = plain.to(memory_format=torch.contiguous_format).eval()
 
@@ -226,9 +224,9 @@ def bench_evaluation(images):
             for batch in images.split(BATCH):
                 plain[2](plain[1]((batch - plain[0].mean) / plain[0].std)).argmax(1)
 
-    ours, float32, theirs = alternate(lambda: common.predict(common.frozen(model, precision), images),
+    ours, float32, theirs = alternate(lambda: common.predict(common.frozen(model, PRECISION), images),
                                       lambda: common.predict(common.frozen(model), images), plain_loop)
-    for seconds, name, bound in ((ours, precision, "1.3x"), (float32, "float32", "")):
+    for seconds, name, bound in ((ours, PRECISION, "1.3x"), (float32, "float32", "")):
         row(f"evaluation, images/s, {name}, against a plain loop", f"{1000 / seconds:.0f}", f"{1000 / theirs:.0f}", f"{theirs / seconds:.2f}x", bound)
 
 

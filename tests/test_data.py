@@ -263,10 +263,10 @@ def test_crop_and_flip_gives_each_shifted_or_mirrored_version_equally_often():
 
 def test_cutout_covers_every_pixel_and_at_most_one_square():
     images = torch.ones(2000, 3, 32, 32)
-    changed = q2_train_ce.cut_out(images, torch.Generator().manual_seed(0)) != images
+    cut = q2_train_ce.cut_out(images, torch.Generator().manual_seed(0))
+    changed = cut != images
     mean = torch.tensor(common.CIFAR10_MEAN)
-    assert torch.equal(q2_train_ce.cut_out(images, torch.Generator().manual_seed(0))[changed],
-                       mean.view(1, 3, 1, 1).expand_as(images)[changed])
+    assert torch.equal(cut[changed], mean.view(1, 3, 1, 1).expand_as(images)[changed])
     assert torch.equal(changed[:, 0], changed[:, 1]) and torch.equal(changed[:, 0], changed[:, 2])
     rows, columns = changed[:, 0].any(2).sum(1), changed[:, 0].any(1).sum(1)
     assert torch.equal(changed[:, 0].sum((1, 2)), rows * columns)  # a rectangle, cut only by the border
