@@ -39,6 +39,13 @@ METRICS := $(foreach question,q1 q2 q3 q4 q6,$(RESULTS)/$(question)/metrics.json
 $(RESULTS)/report.html: report.py common.py $(METRICS)
 	$(VENV) report.py $(COMMON)
 
+# Question 2 with three seeds: the mean and standard deviation of its accuracy on test.
+seeds:
+	for seed in 0 1 2; do $(MAKE) results-seed$$seed/q2/metrics.json RESULTS=results-seed$$seed FLAGS="$(FLAGS) --seed $$seed" || exit; done
+	$(VENV) -c 'import json, statistics; \
+	    scores = [json.load(open(f"results-seed{seed}/q2/metrics.json"))["accuracy"]["clean"] for seed in range(3)]; \
+	    print(f"question 2 on test: {statistics.mean(scores):.2%} ± {statistics.stdev(scores):.2%}")'
+
 quick:
 	$(MAKE) RESULTS=results-quick FLAGS="--quick $(FLAGS)"
 
@@ -52,5 +59,5 @@ bench: .venv/installed
 	$(VENV) -m pip install --quiet --requirement tests/requirements-peers.txt
 	$(VENV) tests/bench.py --data $(DATA)
 
-.PHONY: all quick test stress bench
+.PHONY: all seeds quick test stress bench
 .NOTPARALLEL:  # two trainings at once would share the cores and take longer
