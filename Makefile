@@ -42,8 +42,9 @@ $(RESULTS)/report.html: report.py common.py $(METRICS)
 # Question 2 with three seeds: the mean and standard deviation of its accuracy on test.
 seeds:
 	for seed in 0 1 2; do $(MAKE) results-seed$$seed/q2/metrics.json RESULTS=results-seed$$seed FLAGS="$(FLAGS) --seed $$seed" || exit; done
-	$(VENV) -c 'import json, statistics; \
-	    scores = [json.load(open(f"results-seed{seed}/q2/metrics.json"))["accuracy"]["clean"] for seed in range(3)]; \
+	$(VENV) -c 'import common, statistics; \
+	    files = [f"results-seed{seed}/q2/metrics.json" for seed in range(3)]; \
+	    scores = [common.read_metrics(file, "make seeds")["accuracy"]["clean"] for file in files]; \
 	    print(f"question 2 on test: {statistics.mean(scores):.2%} ± {statistics.stdev(scores):.2%}")'
 
 quick:
