@@ -499,6 +499,23 @@ class Normalize(nn.Module):
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of padding 1 that trains as one matrix product (im2col) where its output is at most 2 x 2.
+
+    The same function of the same weights. Processors without AVX-512 need it: their library takes the gradient of
+    the weights image by image, which is slow where an image has few pixels and a convolution most of its weights.
+    """
+
+    def forward(self, maps):
+        side, stride = maps.shape[-1], self.stride[0]
+        if not self.training or maps.device.type != "cpu" or side > 2 * stride:
+            return super().forward(maps)
+        padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # N x H x W x C, the order in memory
+        taps = [padded[:, top:top + side:stride, left:left + side:stride] for top in range(3) for left in range(3)]
+        weights = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(torch.cat(taps, dim=3), weights, self.bias).permute(0, 3, 1, 2)
+
+
 def resnet18(num_outputs, stem):
     """ResNet-18 (He et al. 2016) with random weights from torch's global generator, for [0, 1] images.
 
@@ -517,6 +534,10 @@ def resnet18(num_outputs, stem):
         backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
         backbone.maxpool = nn.Identity()
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        for module in backbone.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.__class__ = Conv3x3  # which leaves the weights drawn above as they are
     layers = OrderedDict(normalize=Normalize(), backbone=backbone, head=nn.Linear(512, num_outputs))
     return nn.Sequential(layers).to(memory_format=torch.channels_last)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import AngularLoss
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 import common
 import helpers
@@ -52,6 +53,39 @@ def test_the_imagenet_stem_is_torchvisions_network_on_normalised_images():
     images = torch.rand(4, 3, 32, 32)
     expected = peer(normalize(images, common.CIFAR10_MEAN, common.CIFAR10_STD))
     assert torch.allclose(ours(images), expected, atol=1e-4)
+
+
+def test_training_the_imagenet_stem_gives_torchvisions_loss_and_gradients():
+    from torchvision.models import resnet18
+    from torchvision.transforms.functional import normalize
+
+    ours, peer = common.resnet18(10, "imagenet").double().train(), resnet18(num_classes=10).double().train()
+    named = {name.removeprefix("backbone.").replace("head.", "fc."): weight for name, weight in ours.named_parameters()}
+    peer.load_state_dict(named, strict=False)  # the statistics of both start at 0 and 1
+    images, labels = torch.rand(8, 3, 32, 32, dtype=torch.double), torch.arange(8)
+    loss = F.cross_entropy(ours(images), labels)
+    expected = F.cross_entropy(peer(normalize(images, common.CIFAR10_MEAN, common.CIFAR10_STD)), labels)
+    loss.backward()
+    expected.backward()
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-6)
+    for name, weight in peer.named_parameters():
+        assert torch.allclose(named[name].grad, weight.grad, rtol=1e-3, atol=1e-3 * weight.grad.abs().max().item()), name
+
+
+@pytest.mark.parametrize("side, stride", [(1, 1), (2, 1), (2, 2), (3, 2), (4, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_trained_as_a_matrix_product_is_a_convolution(side, stride, bias):
+    torch.manual_seed(0)
+    ours = common.Conv3x3(5, 7, 3, stride=stride, padding=1, bias=bias, dtype=torch.double).train()
+    peer = nn.Conv2d(5, 7, 3, stride=stride, padding=1, bias=bias, dtype=torch.double)
+    peer.load_state_dict(ours.state_dict())
+    maps = torch.randn(4, 5, side, side, dtype=torch.double, requires_grad=True)
+    outputs = [layer(maps) for layer in (ours, peer)]
+    direction = torch.randn_like(outputs[1])
+    gradients = [torch.autograd.grad(output, [maps, *layer.parameters()], direction)
+                 for output, layer in zip(outputs, (ours, peer))]
+    for found, expected in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1])):
+        assert torch.allclose(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "stride2"])
