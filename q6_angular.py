@@ -12,7 +12,7 @@ The first weights: torchvision's ImageNet ones when they are in its cache or can
 those of question 2, which are pretrained too, though on the same 12,000 images; `--init imagenet`, `--init scratch` or
 `--init FILE` (a model.pt from the same split) to choose.
 
-Reaches 83.35 % on test from question 2's weights, in one run of 5 minutes of training on two cores of an AMD EPYC (Zen 4).
+Reaches 83.35 % on test from question 2's weights, in one run of 5 minutes of training on two cores of a Zen 4 EPYC.
 
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 and q4 for the comparison, if they are there
 Writes  results/q6: model.pt, figure13 to figure16, angular_loss.png (the figure of question 5), metrics.json
