@@ -7,8 +7,8 @@ it resists FGM and nothing else (Wong et al. 2020; Andriushchenko & Flammarion 2
 prevents that at no cost, by uniform noise of twice epsilon before the step and no projection after it. That it works
 is shown by PGD-20 accuracy on validation images after every epoch.
 
-Reaches, in one run of 10 and 16 minutes of training on two cores of a Zen 4 EPYC: `perturbed` 82.79 % on perturbed test;
-`perturbed_fgm_trained` 37.49 % on perturbed test under FGM and 37.26 % on clean test under PGD-20, epsilon 8/255.
+Reaches, in one run of 10 and 16 minutes of training on two cores of a Zen 4 EPYC: `perturbed` 82.79 % on perturbed
+test; `perturbed_fgm_trained` 37.49 % on perturbed test under FGM and 37.26 % on clean test under PGD-20, epsilon 8/255.
 
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 for the comparison, if they are there
 Writes  results/q4: a .pt file per model, figure09 to figure12 for each, metrics.json
