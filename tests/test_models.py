@@ -28,6 +28,11 @@ def trained_looking(stem, num_outputs=10):
     return model, images
 
 
+def named_as_torchvision(tensors):
+    """The tensors of our network (dict from name) under the names that they have in torchvision's."""
+    return {name.removeprefix("backbone.").replace("head.", "fc."): tensor for name, tensor in tensors.items()}
+
+
 # ---- Network -----------------------------------------------------------------------------------
 
 
@@ -48,8 +53,7 @@ def test_the_imagenet_stem_is_torchvisions_network_on_normalised_images():
     from torchvision.transforms.functional import normalize
 
     ours, peer = common.resnet18(10, "imagenet").eval(), resnet18(num_classes=10).eval()
-    weights = {name.removeprefix("backbone.").replace("head.", "fc."): value for name, value in ours.state_dict().items()}
-    peer.load_state_dict(weights)
+    peer.load_state_dict(named_as_torchvision(ours.state_dict()))
     images = torch.rand(4, 3, 32, 32)
     expected = peer(normalize(images, common.CIFAR10_MEAN, common.CIFAR10_STD))
     assert torch.allclose(ours(images), expected, atol=1e-4)
@@ -59,8 +63,9 @@ def test_training_the_imagenet_stem_gives_torchvisions_loss_and_gradients():
     from torchvision.models import resnet18
     from torchvision.transforms.functional import normalize
 
+    torch.manual_seed(0)
     ours, peer = common.resnet18(10, "imagenet").double().train(), resnet18(num_classes=10).double().train()
-    named = {name.removeprefix("backbone.").replace("head.", "fc."): weight for name, weight in ours.named_parameters()}
+    named = named_as_torchvision(dict(ours.named_parameters()))
     peer.load_state_dict(named, strict=False)  # the statistics of both start at 0 and 1
     images, labels = torch.rand(8, 3, 32, 32, dtype=torch.double), torch.arange(8)
     loss = F.cross_entropy(ours(images), labels)
