@@ -708,10 +708,12 @@ def knn_predict(train_embeddings, train_labels, embeddings, k):
         raise ValueError(f"k is {k}, but there are {len(train_embeddings)} training embeddings")
     half_square = train_embeddings.square().sum(1) / 2
     num_classes = int(train_labels.max()) + 1
+    distances = train_embeddings.new_empty(EVALUATION_BATCH, len(train_embeddings))  # made once: fresh memory is slow
 
     def vote(batch):
         # |a - b|^2 / 2 = |b|^2 / 2 - ab + a constant of the query, which does not change the order
-        nearest = torch.addmm(half_square, batch, train_embeddings.T, alpha=-1).topk(k, largest=False, sorted=False)
+        torch.addmm(half_square, batch, train_embeddings.T, alpha=-1, out=distances[: len(batch)])
+        nearest = distances[: len(batch)].topk(k, largest=False, sorted=False)
         return F.one_hot(train_labels[nearest.indices], num_classes).sum(1).argmax(1)
 
     return in_batches(vote, embeddings)
