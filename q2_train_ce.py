@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import common
 
 CUTOUT = 12  # side of the square, in pixels
+CUTMIX = 0.5  # share of every batch that --cutmix mixes; the rest gets the cutout
 LABEL_SMOOTHING = 0.1  # keeps the network from growing over-confident on so few images
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
 
@@ -25,6 +26,8 @@ CALIBRATION_BINS = 15  # as in Guo et al. 2017
 def main():
     parser = common.argument_parser(__doc__)
     common.add_training_flags(parser, epochs=40, batch_size=64, lr=0.1, stem="stride2")
+    parser.add_argument("--cutmix", action="store_true",
+                        help="mix half of every batch with other images, for runs long enough to overfit without")
     args = common.parse_arguments(parser)
     folder = args.results / "q2"
     split, data = common.load_data(args)
@@ -79,9 +82,13 @@ def train_on_clean_images(data, args, split, state_file):
         return common.shuffled_batches(len(images), args.batch_size, generator)
 
     def batch_loss(model, indices, generator):
-        batch = cut_out(common.crop_and_flip(common.as_float(images[indices]), generator), generator)
+        batch, targets = common.crop_and_flip(common.as_float(images[indices]), generator), labels[indices]
+        if args.cutmix:
+            batch, targets = cut_and_mix(batch, targets, generator)
+        else:
+            batch = cut_out(batch, generator)
         logits = model(batch).float()
-        loss = F.cross_entropy(logits, labels[indices], label_smoothing=LABEL_SMOOTHING)
+        loss = F.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
         return loss, (logits.argmax(1) == labels[indices]).sum()
 
     def evaluate(model):
@@ -89,7 +96,8 @@ def train_on_clean_images(data, args, split, state_file):
 
     torch.manual_seed(args.seed)
     model = common.resnet18(len(common.CLASSES), args.stem).to(args.device)
-    recipe = common.training_recipe(args, "q2", split, label_smoothing=LABEL_SMOOTHING, cutout=CUTOUT)
+    recipe = common.training_recipe(args, "q2", split, label_smoothing=LABEL_SMOOTHING, cutout=CUTOUT,
+                                    cutmix=CUTMIX if args.cutmix else 0.0)
     history = common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
     return model, history
 
@@ -102,10 +110,40 @@ def cut_out(images, generator):
     number, _, height, width = images.shape
     top = torch.randint(height, (number, 1, 1, 1), generator=generator) - CUTOUT // 2
     left = torch.randint(width, (number, 1, 1, 1), generator=generator) - CUTOUT // 2
-    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
-    inside = (rows >= top) & (rows < top + CUTOUT) & (columns >= left) & (columns < left + CUTOUT)
+    inside = common.send(squares(top, left, CUTOUT, height, width), images.device)
     mean = torch.tensor(common.CIFAR10_MEAN).view(1, 3, 1, 1)
-    return torch.where(common.send(inside, images.device), common.send(mean, images.device), images)
+    return torch.where(inside, common.send(mean, images.device), images)
+
+
+def cut_mix(images, labels, generator):
+    """CutMix (Yun et al. 2019): a square of each image comes from the next one, and so does that share of its label.
+
+    images N x 3 x H x H float32 in random order, labels int64 N. The square covers up to half of the image, evenly
+    distributed: more would be the same with the two images exchanged. Draws from the CPU generator.
+    Returns images of the same shape and the classes' shares, float32 N x 10.
+    """
+    number, _, size, _ = images.shape
+    area, down, right = torch.rand(3, number, 1, 1, 1, generator=generator)
+    side = (size * (area / 2).sqrt()).floor()
+    top, left = (((size - side + 1) * offset).floor() for offset in (down, right))
+    inside = common.send(squares(top, left, side, size, size), images.device)
+    own = F.one_hot(labels, len(common.CLASSES)).float()
+    share = inside.float().mean((2, 3))
+    return torch.where(inside, images.roll(1, 0), images), torch.lerp(own, own.roll(1, 0), share)
+
+
+def cut_and_mix(images, labels, generator):
+    """`cut_mix` for the first CUTMIX of a batch, `cut_out` for the rest. Takes and returns what `cut_mix` does."""
+    mixed = round(CUTMIX * len(images))
+    first, shares = cut_mix(images[:mixed], labels[:mixed], generator)
+    rest = cut_out(images[mixed:], generator)
+    return torch.cat([first, rest]), torch.cat([shares, F.one_hot(labels[mixed:], shares.shape[1])])
+
+
+def squares(top, left, side, height, width):
+    """Which pixels lie in the square of each image: bool N x 1 x height x width. top, left, side broadcast from N x 1 x 1 x 1."""
+    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
+    return (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
 
 
 def class_scores(model, images, labels, folder, name):

@@ -272,3 +272,26 @@ def test_cutout_covers_every_pixel_and_at_most_one_square():
     assert torch.equal(changed[:, 0].sum((1, 2)), rows * columns)  # a rectangle, cut only by the border
     assert rows.max() == columns.max() == q2_train_ce.CUTOUT and rows.min() == columns.min() == q2_train_ce.CUTOUT // 2
     assert changed[:, 0].any(0).all()
+
+
+def test_cutmix_mixes_labels_in_proportion_to_the_pixels():
+    labels = torch.arange(2000) % 10
+    images = (labels / 10).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)  # the class can be read off every pixel
+    mixed, shares = q2_train_ce.cut_mix(images, labels, torch.Generator().manual_seed(0))
+    pixels = torch.stack([(mixed == float(value)).float().mean((1, 2, 3)) for value in torch.arange(10) / 10], dim=1)
+    torch.testing.assert_close(shares, pixels)
+    assert torch.equal(shares.argmax(1), labels)  # at least half of every image is its own
+    other = 1 - shares.max(1).values
+    assert kstest(other, "uniform", args=(0, 0.5)).statistic < 0.1  # not 0: sides are whole pixels
+    foreign = mixed[:, 0] != images[:, 0]
+    assert foreign.any(0).all() and torch.equal(foreign.sum((1, 2)), foreign.any(2).sum(1).square())  # squares, everywhere
+
+
+def test_cutmix_half_of_a_batch_and_cutout_the_rest():
+    images, labels = torch.rand(64, 3, 32, 32), torch.arange(64) % 10
+    batch, shares = q2_train_ce.cut_and_mix(images, labels, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    mixed, mixed_shares = q2_train_ce.cut_mix(images[:32], labels[:32], generator)
+    assert torch.equal(batch, torch.cat([mixed, q2_train_ce.cut_out(images[32:], generator)]))
+    assert torch.equal(shares[:32], mixed_shares) and torch.equal(shares[32:].argmax(1), labels[32:])
+    assert torch.equal(shares[32:].sum(1), torch.ones(32)) and shares.dtype == torch.float32
