@@ -397,7 +397,7 @@ def color_jitter(images, factors, order):
             chosen = (order[:, step] == kind).nonzero()[:, 0]
             factor = send(factors[name][chosen].view(-1, 1, 1, 1), images.device)
             chosen = send(chosen, images.device)
-            images[chosen] = adjust[kind](images[chosen], factor)
+            images.index_copy_(0, chosen, adjust[kind](images.index_select(0, chosen), factor))
     return images
 
 
@@ -430,8 +430,9 @@ def _adjust_hue(images, shift):
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
     offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
-    k = (offsets + sector + 6 * shift) % 6
-    return (value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
+    k = offsets + sector + 6 * shift
+    k -= 6 * (k / 6).floor()  # k % 6, which takes several times as long
+    return (value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)).clamp_(0, 1)
 
 
 def rotate(images, degrees):
@@ -643,6 +644,7 @@ def _torch_load(content, path, made_by):
 # ---- 7. Evaluation -----------------------------------------------------------------------------
 
 EVALUATION_BATCH = 250  # fits a processor's cache better than more, and its memory
+KNN_BATCH = 1000  # embeddings at once: their matrix product is faster than that of fewer
 
 
 class Cast(nn.Module):
@@ -708,7 +710,8 @@ def knn_predict(train_embeddings, train_labels, embeddings, k):
         raise ValueError(f"k is {k}, but there are {len(train_embeddings)} training embeddings")
     half_square = train_embeddings.square().sum(1) / 2
     num_classes = int(train_labels.max()) + 1
-    distances = train_embeddings.new_empty(EVALUATION_BATCH, len(train_embeddings))  # made once: fresh memory is slow
+    rows = min(KNN_BATCH, len(embeddings))
+    distances = train_embeddings.new_empty(rows, len(train_embeddings))  # made once: fresh memory is slow
 
     def vote(batch):
         # |a - b|^2 / 2 = |b|^2 / 2 - ab + a constant of the query, which does not change the order
@@ -716,7 +719,8 @@ def knn_predict(train_embeddings, train_labels, embeddings, k):
         nearest = distances[: len(batch)].topk(k, largest=False, sorted=False)
         return F.one_hot(train_labels[nearest.indices], num_classes).sum(1).argmax(1)
 
-    return in_batches(vote, embeddings)
+    with torch.no_grad():
+        return torch.cat([vote(batch) for batch in embeddings.split(KNN_BATCH)])
 
 
 # ---- 8. Attacks --------------------------------------------------------------------------------
