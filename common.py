@@ -680,10 +680,10 @@ def frozen(model, precision="float32"):
     return nn.Sequential(layers).eval().to(memory_format=torch.channels_last)
 
 
-def in_batches(function, images):
-    """`function` over images in batches, without gradients; its results one after the other."""
+def in_batches(function, images, size=EVALUATION_BATCH):
+    """`function` over images in batches of `size`, without gradients; its results one after the other."""
     with torch.no_grad():
-        return torch.cat([function(batch) for batch in images.split(EVALUATION_BATCH)])
+        return torch.cat([function(batch) for batch in images.split(size)])
 
 
 def predict(model, images):
@@ -719,8 +719,7 @@ def knn_predict(train_embeddings, train_labels, embeddings, k):
         nearest = distances[: len(batch)].topk(k, largest=False, sorted=False)
         return F.one_hot(train_labels[nearest.indices], num_classes).sum(1).argmax(1)
 
-    with torch.no_grad():
-        return torch.cat([vote(batch) for batch in embeddings.split(KNN_BATCH)])
+    return in_batches(vote, embeddings, KNN_BATCH)
 
 
 # ---- 8. Attacks --------------------------------------------------------------------------------
