@@ -62,11 +62,17 @@ def draw_umap(folder, model, data, images, perturbed, labels, seed):
 
     The map is fitted again from the same features with the same seed: cheaper to trust than a pickled reducer.
     """
-    reducer = common.fit_umap(common.backbone_features(model, common.as_float(data["train"][0])), seed)
-    attacked = common.fgm(model, images, labels, common.EPSILON["linf"])
-    panels = {title: (common.map_into(reducer, common.backbone_features(model, changed)), labels)
-              for title, changed in (("perturbed test", perturbed), ("test under FGM, eps = 8/255", attacked))}
-    common.plot_maps(folder / "figure08_umap.png", panels, reducer.embedding_)
+    def features(changed):
+        return common.backbone_features(model, changed)
+
+    # All of them before the fit, so that the attack's memory is free again when UMAP takes its own.
+    train = features(common.as_float(data["train"][0]))
+    shifted = features(perturbed)
+    attacked = features(common.fgm(model, images, labels, common.EPSILON["linf"]))
+    reducer = common.fit_umap(train, seed)
+    common.plot_maps(folder / "figure08_umap.png",
+                     {"perturbed test": (common.map_into(reducer, shifted), labels),
+                      "test under FGM, eps = 8/255": (common.map_into(reducer, attacked), labels)}, reducer.embedding_)
     return common.sha256(reducer.embedding_.tobytes())
 
 
