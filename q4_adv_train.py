@@ -37,22 +37,25 @@ def main():
     split, data = common.load_data(args)
     first, parents = first_model(args, split)
     origin = common.provenance(args, "q4", split, parents)
-    images, labels = common.as_float(data["test"][0]), data["test"][1]
-    perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
-    results = {}
+    trained, results = {}, {}
 
     for name, prepare in {"perturbed": perturb_only, "perturbed_fgm_trained": perturb_and_attack}.items():
-        seconds = {}
         model = copy.deepcopy(first)
         history = train_on(prepare, name, model, data, args, split, origin, folder / f"training_{name}.pt")
-        seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
         model_sha256 = common.save_checkpoint(folder / f"{name}.pt", model, stem=args.stem, provenance=origin)
         draw_curves(folder, name, history)
-        trained = common.frozen(model, args.precision)
+        trained[name] = model, model_sha256, history
+
+    # The test images come only now: training needs the memory.
+    images, labels = common.as_float(data["test"][0]), data["test"][1]
+    perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
+    for name, (model, model_sha256, history) in trained.items():
+        seconds = {"train": round(sum(epoch["seconds"] for epoch in history), 2)}
+        frozen = common.frozen(model, args.precision)
         with common.timed(seconds, "attack"):
-            measured = common.robustness(trained, common.frozen(model), images, perturbed, labels, args.seed)
+            measured = common.robustness(frozen, common.frozen(model), images, perturbed, labels, args.seed)
         with common.timed(seconds, "umap"):
-            draw_umap(folder, name, trained, data, perturbed, args.seed)
+            draw_umap(folder, name, frozen, data, perturbed, args.seed)
         results[name] = {**measured, "model_sha256": model_sha256, "history": history, "seconds": seconds}
 
     metrics = {key: {name: result[key] for name, result in results.items()} for key in results["perturbed"]}
