@@ -680,10 +680,10 @@ def frozen(model, precision="float32"):
     return nn.Sequential(layers).eval().to(memory_format=torch.channels_last)
 
 
-def in_batches(function, images, size=EVALUATION_BATCH):
-    """`function` over images in batches of `size`, without gradients; its results one after the other."""
+def in_batches(function, inputs, size=EVALUATION_BATCH):
+    """`function` over images or embeddings in batches of `size`, without gradients; its results one after the other."""
     with torch.no_grad():
-        return torch.cat([function(batch) for batch in images.split(size)])
+        return torch.cat([function(batch) for batch in inputs.split(size)])
 
 
 def predict(model, images):
