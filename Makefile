@@ -2,15 +2,18 @@
 #
 #   make DATA=path     CIFAR-10 is already at path (the folder that holds cifar-10-batches-py)
 #   make RESULTS=path  write somewhere else
+#   make STEM=imagenet a smaller network than the default stride2; STEM=cifar: a larger one, for a GPU
 #   make FLAGS="..."   flags for every script, for instance FLAGS="--device cuda --seed 1"
 
 DATA    ?= data
 RESULTS ?= results
+STEM    ?= stride2
 FLAGS   ?=
 PYTHON  ?= python3
 
 VENV   := .venv/bin/python
 COMMON := --data $(DATA) --results $(RESULTS) $(FLAGS)
+TRAIN  := $(COMMON) --stem $(STEM)
 
 all: $(RESULTS)/report.html
 
@@ -23,16 +26,16 @@ $(RESULTS)/q1/metrics.json: q1_split.py common.py | .venv/installed
 	$(VENV) q1_split.py $(COMMON)
 
 $(RESULTS)/q2/metrics.json: q2_train_ce.py common.py $(RESULTS)/q1/metrics.json
-	$(VENV) q2_train_ce.py $(COMMON)
+	$(VENV) q2_train_ce.py $(TRAIN)
 
 $(RESULTS)/q3/metrics.json: q3_attack.py common.py $(RESULTS)/q2/metrics.json
 	$(VENV) q3_attack.py $(COMMON)
 
 $(RESULTS)/q4/metrics.json: q4_adv_train.py common.py $(RESULTS)/q2/metrics.json
-	$(VENV) q4_adv_train.py $(COMMON)
+	$(VENV) q4_adv_train.py $(TRAIN)
 
 $(RESULTS)/q6/metrics.json: q6_angular.py common.py $(RESULTS)/q2/metrics.json
-	$(VENV) q6_angular.py $(COMMON)
+	$(VENV) q6_angular.py $(TRAIN)
 
 METRICS := $(foreach question,q1 q2 q3 q4 q6,$(RESULTS)/$(question)/metrics.json)
 

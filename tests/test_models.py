@@ -79,9 +79,10 @@ def test_training_the_imagenet_stem_gives_torchvisions_loss_and_gradients():
 
 @pytest.mark.parametrize("side, stride", [(1, 1), (2, 1), (2, 2), (3, 2), (4, 2)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_convolution_trained_as_a_matrix_product_is_a_convolution(side, stride, bias):
+@pytest.mark.parametrize("training", [True, False])
+def test_a_convolution_computed_as_a_matrix_product_is_a_convolution(side, stride, bias, training):
     torch.manual_seed(0)
-    ours = common.Conv3x3(5, 7, 3, stride=stride, padding=1, bias=bias, dtype=torch.double).train()
+    ours = common.Conv3x3(5, 7, 3, stride=stride, padding=1, bias=bias, dtype=torch.double).train(training)
     peer = nn.Conv2d(5, 7, 3, stride=stride, padding=1, bias=bias, dtype=torch.double)
     peer.load_state_dict(ours.state_dict())
     maps = torch.randn(4, 5, side, side, dtype=torch.double, requires_grad=True)
