@@ -2,18 +2,18 @@
 #
 #   make DATA=path     CIFAR-10 is already at path (the folder that holds cifar-10-batches-py)
 #   make RESULTS=path  write somewhere else
-#   make STEM=imagenet a smaller network than the default stride2; STEM=cifar: a larger one, for a GPU
+#   make STEM=name     another network: imagenet is smaller than the default stride2, cifar larger
 #   make FLAGS="..."   flags for every script, for instance FLAGS="--device cuda --seed 1"
 
 DATA    ?= data
 RESULTS ?= results
-STEM    ?= stride2
+STEM    ?=
 FLAGS   ?=
 PYTHON  ?= python3
 
 VENV   := .venv/bin/python
 COMMON := --data $(DATA) --results $(RESULTS) $(FLAGS)
-TRAIN  := $(COMMON) --stem $(STEM)
+TRAIN  := $(COMMON) $(if $(STEM),--stem $(STEM))
 
 all: $(RESULTS)/report.html
 

@@ -37,8 +37,8 @@ def main():
     split, data = common.load_data(args)
     first, parents = first_model(args, split)
     origin = common.provenance(args, "q4", split, parents)
-    trained, results = {}, {}
 
+    trained = {}
     for name, prepare in {"perturbed": perturb_only, "perturbed_fgm_trained": perturb_and_attack}.items():
         model = copy.deepcopy(first)
         history = train_on(prepare, name, model, data, args, split, origin, folder / f"training_{name}.pt")
@@ -49,6 +49,7 @@ def main():
     # The test images come only now: training needs the memory.
     images, labels = common.as_float(data["test"][0]), data["test"][1]
     perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
+    results = {}
     for name, (model, model_sha256, history) in trained.items():
         seconds = {"train": round(sum(epoch["seconds"] for epoch in history), 2)}
         frozen = common.frozen(model, args.precision)

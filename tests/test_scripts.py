@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import struct
+import subprocess
 
 import pytest
 import torch
@@ -187,3 +189,13 @@ def test_the_report_needs_no_other_file_and_names_no_missing_one(quick_run):
                if line.startswith("![")]
     assert len(targets) >= 16
     assert all((quick_run.results / target).is_file() for target in targets)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_hands_its_variables_to_the_scripts_that_know_them():
+    command = ["make", "--dry-run", "DATA=somewhere", "RESULTS=nowhere", "STEM=cifar", "FLAGS=--seed 3"]
+    lines = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for question, script in helpers.SCRIPTS.items():
+        line, = (line for line in lines if f" {script} " in line)
+        assert "--data somewhere --results nowhere --seed 3" in line
+        assert ("--stem cifar" in line) == (question in helpers.TRAINING_FLAGS)
