@@ -761,6 +761,15 @@ def fgm(model, images, labels, eps, norm="linf", loss=summed_cross_entropy):
     return adversarial
 
 
+def under_fgm(function, model, images, labels, loss=summed_cross_entropy):
+    """`function` of the images under L-infinity FGM at EPSILON, batch by batch: all of them at once would take memory.
+
+    function: from attacked images to a tensor with as many rows. Otherwise as `fgm`.
+    """
+    return torch.cat([function(fgm(model, batch, target, EPSILON["linf"], loss=loss))
+                      for batch, target in _matching_batches(images, labels)])
+
+
 def pgd(model, images, labels, eps, step_size, steps, norm="linf", loss=summed_cross_entropy):
     """Projected Gradient Descent (Madry et al. 2018): `steps` FGM steps, each projected back into the eps ball.
 

@@ -65,10 +65,9 @@ def draw_umap(folder, model, data, images, perturbed, labels, seed):
     def features(changed):
         return common.backbone_features(model, changed)
 
-    # All of them before the fit, so that the attack's memory is free again when UMAP takes its own.
     train = features(common.as_float(data["train"][0]))
     shifted = features(perturbed)
-    attacked = features(common.fgm(model, images, labels, common.EPSILON["linf"]))
+    attacked = common.under_fgm(features, model, images, labels)
     reducer = common.fit_umap(train, seed)
     common.plot_maps(folder / "figure08_umap.png",
                      {"perturbed test": (common.map_into(reducer, shifted), labels),

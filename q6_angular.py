@@ -229,7 +229,7 @@ def draw_curves(folder, history):
 
 def draw_umap(folder, model, train, train_labels, test, images, perturbed, labels, loss, seed):
     """Figures 14 and 16: UMAP fitted on the training embeddings; test, perturbed and attacked test in that map."""
-    under_fgm = embed(model, common.fgm(model, images, labels, common.EPSILON["linf"], loss=loss))
+    under_fgm = common.under_fgm(lambda attacked: embed(model, attacked), model, images, labels, loss)
     reducer = common.fit_umap(train, seed)
 
     def placed(embeddings):

@@ -153,6 +153,18 @@ def test_fgm_accuracies_are_those_of_the_attacked_images(network, images, labels
     assert expected[0] > expected[1] > expected[2]
 
 
+def test_a_function_of_the_attacked_images_sees_a_batch_at_a_time(network, images, labels):
+    sizes = []
+
+    def logits(attacked):
+        sizes.append(len(attacked))
+        return network(attacked)
+
+    found = common.under_fgm(logits, network, images, labels)
+    assert sizes == [250, 250, 100]
+    assert torch.allclose(found, network(common.fgm(network, images, labels, EPS)), atol=1e-5)
+
+
 def test_pgd_by_step_counts_the_images_that_no_step_so_far_has_fooled():
     def wavy(images):
         """Class 0 where a wave over the mean brightness is positive: steps of over half its length jump back and forth."""
