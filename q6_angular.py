@@ -10,7 +10,8 @@ vote itself decides what the attack achieved. Random noise of the same size is m
 
 The first weights: torchvision's ImageNet ones when they are in its cache or can be fetched, otherwise with a warning
 those of question 2, which are pretrained too, though on the same 12,000 images; `--init imagenet`, `--init scratch` or
-`--init FILE` (a model.pt from the same split) to choose.
+`--init FILE` (a model.pt from the same split) to choose. What they are worth by themselves is measured, too: accuracy
+on validation before training, through the last layer's random weights.
 
 Reaches 84.80 % on test from question 2's weights, which reached 85.15 % by their own classifier, in one run of 14
 minutes of training on two cores of a Zen 3 EPYC, in float32.
@@ -48,19 +49,21 @@ def main():
     origin = {**common.provenance(args, "q6", split), "init": init}
     seconds = {}
 
+    untrained = common.frozen(model, args.precision)
     history = train_embedding(model, data, args, split, init, folder / "training.pt")
     seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
     model_sha256 = common.save_checkpoint(folder / "model.pt", model, stem=args.stem, provenance=origin)
     draw_curves(folder, history)
     plot_angular_geometry(folder / "angular_loss.png")
 
-    (train_images, train_labels), (val_images, val_labels), (test_images, labels) = data.values()
+    (train_images, train_labels), _, (test_images, labels) = data.values()
     trained, images = common.frozen(model, args.precision), common.as_float(test_images)
     perturbed = common.perturbed_images(test_images, "test", args.seed)
     with common.timed(seconds, "embed"):
         train = embed(trained, common.as_float(train_images))
         test = embed(trained, images)
-        val_accuracy = common.accuracy(vote(train, train_labels, embed(trained, common.as_float(val_images))), val_labels)
+        val_accuracy = validation_accuracy(trained, train, data)
+        val_before = validation_accuracy(untrained, embed(untrained, common.as_float(train_images)), data)
         retrieval = retrieval_quality(train, train_labels, test, labels)
     loss, decide = soft_knn_loss(train, train_labels), knn_decision(train, train_labels)
     with common.timed(seconds, "attack"):
@@ -70,10 +73,11 @@ def main():
         draw_umap(folder, trained, train, train_labels, test, images, perturbed, labels, loss, args.seed)
 
     metrics = {**measured, "n_test": len(labels), "epsilon": common.EPSILON, "neighbours": NEIGHBOURS,
-               "val": {"accuracy": val_accuracy}, "retrieval": retrieval, "model_sha256": {"model.pt": model_sha256},
-               "history": history, "seconds": seconds}
+               "val": {"accuracy": val_accuracy, "accuracy_before_training": val_before}, "retrieval": retrieval,
+               "model_sha256": {"model.pt": model_sha256}, "history": history, "seconds": seconds}
     common.write_metrics(folder, origin, metrics)
-    print(f"Started from: {init}")
+    print(f"Started from: {init}\nAccuracy on validation: {common.percent(val_before)} before training, "
+          f"{common.percent(val_accuracy)} after it")
     common.print_conditions("Question 6: all models on test", {**common.measured_before(args, split),
                                                                **common.models_of("q6", metrics)})
 
@@ -177,6 +181,12 @@ def embed(model, images):
 def vote(train, train_labels, embeddings):
     """The class of each embedding by its nearest training embeddings."""
     return common.knn_predict(train, train_labels, embeddings, min(NEIGHBOURS, len(train)))
+
+
+def validation_accuracy(model, train, data):
+    """Accuracy on validation of the vote of the training images, whose embeddings are `train`. model: `frozen`."""
+    images, labels = data["val"]
+    return common.accuracy(vote(train, data["train"][1], embed(model, common.as_float(images))), labels)
 
 
 def knn_decision(train, train_labels):

@@ -180,7 +180,8 @@ def angular_section(q6):
         ("heading", "Question 6: the angular loss"),
         ("text", f"Asked: the same with the angular loss and a pretrained ResNet-18, on clean data only. Done: "
                  f"{training_settings(q6)}; first weights: {q6['init']}. Accuracy is a vote of the {q6['neighbours']} nearest "
-                 f"training embeddings; on validation it is {common.percent(q6['val']['accuracy'])}."),
+                 f"training embeddings; on validation it is {common.percent(q6['val']['accuracy'])}. With the first "
+                 f"weights and a random last layer, before training, it is {common.percent(q6['val']['accuracy_before_training'])}."),
         conditions_table({"angular loss (q6)": q6}),
         ("text", f"Random noise of FGM's size leaves {common.percent(q6['checks']['noise'])} ({q6['checks']['images']} images), "
                  f"FGM on the soft k-NN loss {common.percent(value['fgm'])}: the attack acts on the vote."),

@@ -126,6 +126,16 @@ def test_question_6_reports_the_vote_that_scikit_learn_counts(quick_run, metrics
     assert metrics["q6"]["accuracy"]["clean"] == pytest.approx(vote.score(test, data["test"][1]), abs=0.01)
 
 
+def test_question_6_tells_what_the_vote_was_before_and_after_training(quick_run, metrics, data):
+    torch.manual_seed(0)
+    models = {"accuracy_before_training": common.resnet18(q6_angular.EMBEDDING, "imagenet").eval(),
+              "accuracy": common.load_checkpoint(quick_run.results / "q6" / "model.pt")}
+    for name, model in models.items():
+        train, val = (q6_angular.embed(model, data[part][0]).numpy() for part in ("train", "val"))
+        vote = KNeighborsClassifier(metrics["q6"]["neighbours"]).fit(train, data["train"][1])
+        assert metrics["q6"]["val"][name] == pytest.approx(vote.score(val, data["val"][1]), abs=0.01), name
+
+
 def test_confusion_matrix_and_accuracies_agree(metrics):
     for part in ("val", "test"):
         scores = metrics["q2"][part]
