@@ -64,6 +64,7 @@ def main():
         test = embed(trained, images)
         val_accuracy = validation_accuracy(trained, train, data)
         val_before = validation_accuracy(untrained, embed(untrained, common.as_float(train_images)), data)
+        del untrained  # the attack needs the memory
         retrieval = retrieval_quality(train, train_labels, test, labels)
     loss, decide = soft_knn_loss(train, train_labels), knn_decision(train, train_labels)
     with common.timed(seconds, "attack"):
@@ -76,8 +77,8 @@ def main():
                "val": {"accuracy": val_accuracy, "accuracy_before_training": val_before}, "retrieval": retrieval,
                "model_sha256": {"model.pt": model_sha256}, "history": history, "seconds": seconds}
     common.write_metrics(folder, origin, metrics)
-    print(f"Started from: {init}\nAccuracy on validation: {common.percent(val_before)} before training, "
-          f"{common.percent(val_accuracy)} after it")
+    print(f"Started from: {init}")
+    print(f"Accuracy on validation: {common.percent(val_before)} before training, {common.percent(val_accuracy)} after it")
     common.print_conditions("Question 6: all models on test", {**common.measured_before(args, split),
                                                                **common.models_of("q6", metrics)})
 
