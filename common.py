@@ -113,10 +113,22 @@ def parse_arguments(parser):
         args.epochs = args.epochs or (2 if args.quick else args.full_epochs)
         del args.full_epochs
     if hasattr(args, "precision"):
-        args.precision = _pick_precision(args.precision, args.device)
+        args.precision = pick_precision(args.precision, args.device)
     write_file(args.results / ".writable", b"")  # an hour's training must not end at a full or read-only disk
     (args.results / ".writable").unlink()
     return args
+
+
+def pick_precision(name, device):
+    """What --precision means on a device: name, or for "auto" bfloat16 where the processor has instructions for it."""
+    if name != "auto":
+        return name
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch lack it
+        native = device == "cpu" and capabilities.get("avx512_bf16", False)
+    return "bfloat16" if native else "float32"
 
 
 def with_bar(batches, title):
@@ -135,17 +147,6 @@ def _pick_device(name):
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device auto")
     return name
-
-
-def _pick_precision(name, device):
-    if name != "auto":
-        return name
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch lack it
-        native = device == "cpu" and capabilities.get("avx512_bf16", False)
-    return "bfloat16" if native else "float32"
 
 
 def _whole_number(low, high):
@@ -1178,7 +1179,7 @@ def timed(seconds, stage):
 def provenance(args, question, split, parents=()):
     """What an artefact was made from: dict of plain values.
 
-    parents: checkpoints (dicts of read_checkpoint) that went into it.
+    parents: SHA-256 of the checkpoints that went into it.
     """
     import torchvision
 
@@ -1186,7 +1187,7 @@ def provenance(args, question, split, parents=()):
         "question": question,
         "quick": args.quick,
         "split_sha256": split["sha256"],
-        "parent_sha256": [parent["sha256"] for parent in parents],
+        "parent_sha256": list(parents),
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "torchvision": torchvision.__version__, "numpy": np.__version__},

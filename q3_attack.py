@@ -26,7 +26,7 @@ def main():
     split, data = common.load_data(args)
     network, checkpoint = common.require_model(args, split, "q2")
     model = common.frozen(network, args.precision)
-    origin = common.provenance(args, "q3", split, [checkpoint])
+    origin = common.provenance(args, "q3", split, [checkpoint["sha256"]])
     seconds = {}
 
     with common.timed(seconds, "perturb"):

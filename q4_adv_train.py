@@ -66,7 +66,7 @@ def main():
 
 
 def first_model(args, split):
-    """The model that training starts from, and a list of the checkpoint that it comes from, empty for random weights."""
+    """The model that training starts from, and the SHA-256 of its checkpoint in a list, which is empty for random weights."""
     if args.init == "scratch":
         torch.manual_seed(args.seed)
         return common.resnet18(len(common.CLASSES), args.stem).to(args.device), []
@@ -74,7 +74,7 @@ def first_model(args, split):
     if checkpoint["stem"] != args.stem:
         raise common.UserError(f"question 2's model has the stem {checkpoint['stem']}; give --stem {checkpoint['stem']}, "
                                "or --init scratch")
-    return model, [checkpoint]
+    return model, [checkpoint["sha256"]]
 
 
 def perturb_only(model, images, labels, generator):

@@ -45,8 +45,8 @@ def main():
     args = common.parse_arguments(parser)
     folder = args.results / "q6"
     split, data = common.load_data(args)
-    model, init = first_model(args, split)
-    origin = {**common.provenance(args, "q6", split), "init": init}
+    model, init, parents = first_model(args, split)
+    origin = {**common.provenance(args, "q6", split, parents), "init": init}
     seconds = {}
 
     untrained = common.frozen(model, args.precision)
@@ -84,15 +84,18 @@ def main():
 
 
 def first_model(args, split):
-    """The model to train, and where its weights come from: "scratch", "imagenet" or "FILE (sha256)".
+    """The model to train, where its weights come from, and the SHA-256 of the checkpoint behind them in a list.
 
-    A backbone keeps its first layer random where the stem differs from that of the given weights.
+    Where they come from is "scratch" or "imagenet", for which that list is empty, or "FILE (sha256)". A backbone keeps its
+    first layer random where the stem differs from that of the given weights.
     """
     torch.manual_seed(args.seed)
     model = common.resnet18(EMBEDDING, args.stem).to(args.device)
+    if args.init == "scratch":
+        return model, "scratch", []
     if args.init in ("auto", "imagenet"):
         try:
-            weights, source = imagenet_weights(), "imagenet"
+            weights, source, parents = imagenet_weights(), "imagenet", []
         except (OSError, RuntimeError) as error:
             if args.init == "imagenet":
                 raise common.UserError(f"torchvision's ImageNet weights cannot be fetched ({error}); connect to the "
@@ -100,15 +103,13 @@ def first_model(args, split):
             path = args.results / "q2" / "model.pt"
             print("WARNING: torchvision's ImageNet weights are neither in its cache nor to be fetched: "
                   f"STARTING FROM {path}, WHICH WAS TRAINED ON THE SAME FEW IMAGES.", file=sys.stderr)
-            weights, source = backbone_weights(path, args, split)
-    elif args.init == "scratch":
-        return model, "scratch"
+            weights, source, parents = backbone_weights(path, args, split)
     else:
-        weights, source = backbone_weights(args.init, args, split)
+        weights, source, parents = backbone_weights(args.init, args, split)
     if weights["conv1.weight"].shape != model.backbone.conv1.weight.shape:
         weights["conv1.weight"] = model.backbone.conv1.weight.detach()
     model.backbone.load_state_dict(weights)
-    return model, source
+    return model, source, parents
 
 
 def imagenet_weights():
@@ -120,13 +121,16 @@ def imagenet_weights():
 
 
 def backbone_weights(path, args, split):
-    """A checkpoint's weights without normalisation and head, and "FILE (sha256)". Raises UserError for another split."""
+    """What first_model needs of a checkpoint: its weights without normalisation and head, "FILE (sha256)", [sha256].
+
+    Raises UserError for another split.
+    """
     checkpoint = common.read_checkpoint(path, common.script_command("q2", args.results, args.quick))
     common.refuse_other_split(path, checkpoint, split,
                               f"use one from {args.results}, for instance {args.results / 'q2/model.pt'}")
     weights = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint["weights"].items()
                if name.startswith("backbone.")}
-    return weights, f"{path} ({checkpoint['sha256']})"
+    return weights, f"{path} ({checkpoint['sha256']})", [checkpoint["sha256"]]
 
 
 def train_embedding(model, data, args, split, init, state_file):

@@ -57,7 +57,10 @@ def read_results(args):
 
 
 def refuse_mixtures(found, args):
-    """Raise UserError unless all results have one split, one seed and one mode, and q3 and q4 began with the present q2."""
+    """Raise UserError unless all results have one split, seed and mode, and began with q2's present model if with q2's.
+
+    What the user has chosen for question 6 to begin with may be any model of this split.
+    """
     def command(question):
         return common.script_command(question, args.results, args.quick)
 
@@ -68,8 +71,8 @@ def refuse_mixtures(found, args):
             if of(found[question]) != of(found[first]):
                 raise common.UserError(f"{args.results}: {question} and {first} are of a different {key}; "
                                        f"make {question} again with: {command(question)}")
-    for question in ("q3", "q4"):
-        if {"q2", question} <= found.keys() and found[question]["parent_sha256"] not in ([], [found["q2"]["model_sha256"]["model.pt"]]):
+        chosen = question == "q6" and found["q6"]["settings"]["init"] != "auto"
+        if "q2" in found and not chosen and found[question]["parent_sha256"] not in ([], [found["q2"]["model_sha256"]["model.pt"]]):
             raise common.UserError(f"{args.results}: {question} began with another model than q2's present one; "
                                    f"make {question} again with: {command(question)}")
 

@@ -25,7 +25,7 @@ import q2_train_ce  # noqa: E402
 ROUNDS = 5
 BATCH = 64  # question 2's
 STEM = "stride2"
-PRECISIONS = list(dict.fromkeys([common._pick_precision("auto", "cpu"), "float32"]))  # the scripts use the first
+PRECISIONS = list(dict.fromkeys([common.pick_precision("auto", "cpu"), "float32"]))  # the scripts use the first
 
 
 def main():

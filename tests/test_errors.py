@@ -1,5 +1,6 @@
 """Bad input of every kind: one line that begins with "error: ", exit status 2, and nothing executed or lost."""
 
+import contextlib
 import errno
 import io
 import os
@@ -134,8 +135,9 @@ def test_without_imagenet_weights_question_6_starts_from_question_2s_with_a_warn
     path = tmp_path / "q2" / "model.pt"
     origin = {"question": "q2", "split_sha256": split["sha256"]}
     common.write_file(path, helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)))
-    _, source = q6_angular.first_model(args, split)
-    assert source.startswith(str(path))
+    _, source, parents = q6_angular.first_model(args, split)
+    digest = common.sha256(path.read_bytes())
+    assert source == f"{path} ({digest})" and parents == [digest]
     assert "WARNING" in capsys.readouterr().err
 
 
@@ -328,6 +330,14 @@ def test_a_report_does_not_mix_what_cannot_be_compared(error_line, tmp_path, cha
     common.write_metrics(tmp_path / "q3", {**origin, **change}, {})
     line = error_line(report.main, "--results", tmp_path)
     assert reason in line and "python q3_attack.py" in line
+
+
+@pytest.mark.parametrize("init, refused", [("auto", True), ("chosen.pt", False)])
+def test_a_report_wants_question_6_to_begin_with_the_present_question_2_unless_a_file_was_chosen(tmp_path, init, refused):
+    origin = {"split_sha256": "0" * 64, "settings": {"seed": 0, "init": init}, "quick": False}
+    found = {"q2": {**origin, "model_sha256": {"model.pt": "1" * 64}}, "q6": {**origin, "parent_sha256": ["2" * 64]}}
+    with pytest.raises(common.UserError, match="python q6_angular.py") if refused else contextlib.nullcontext():
+        report.refuse_mixtures(found, helpers.tiny_args(results=tmp_path))
 
 
 @pytest.mark.parametrize("seed, target", list(enumerate(helpers.FUZZ_TARGETS)))

@@ -143,7 +143,7 @@ def test_question_6_takes_over_a_backbone_and_keeps_its_own_first_layer_where_st
     (tmp_path / "model.pt").write_bytes(helpers.torch_bytes(given))
     args = SimpleNamespace(seed=0, stem="stride2", device="cpu", init=str(tmp_path / "model.pt"), results=tmp_path,
                            quick=False)
-    model, source = q6_angular.first_model(args, {"sha256": "0" * 64})
+    model, source, _ = q6_angular.first_model(args, {"sha256": "0" * 64})
     assert source == f"{tmp_path / 'model.pt'} ({common.sha256((tmp_path / 'model.pt').read_bytes())})"
     assert model.backbone.conv1.weight.shape == (64, 3, 3, 3) and model.backbone.conv1.weight.std() > 0
     assert model.head.weight.shape == (128, 512) and model.head.weight.std() > 0
