@@ -52,12 +52,14 @@ def main():
     results = {}
     for name, (model, model_sha256, history) in trained.items():
         seconds = {"train": round(sum(epoch["seconds"] for epoch in history), 2)}
-        frozen = common.frozen(model, args.precision)
         with common.timed(seconds, "attack"):
-            measured = common.robustness(frozen, common.frozen(model), images, perturbed, labels, args.seed)
-        with common.timed(seconds, "umap"):
-            draw_umap(folder, name, frozen, data, perturbed, args.seed)
+            measured = common.robustness(common.frozen(model, args.precision), common.frozen(model), images, perturbed,
+                                         labels, args.seed)
         results[name] = {**measured, "model_sha256": model_sha256, "history": history, "seconds": seconds}
+    del images  # the maps need the memory
+    for name, (model, *_) in trained.items():
+        with common.timed(results[name]["seconds"], "umap"):
+            draw_umap(folder, name, common.frozen(model, args.precision), data, perturbed, args.seed)
 
     metrics = {key: {name: result[key] for name, result in results.items()} for key in results["perturbed"]}
     common.write_metrics(folder, origin, {**metrics, "n_test": len(labels), "epsilon": common.EPSILON})
