@@ -71,7 +71,10 @@ def main():
         measured = common.robustness(trained, common.frozen(model), images, perturbed, labels, args.seed, loss, decide)
     common.plot_examples(folder / "figure15_examples.png", trained, images[:8], perturbed[:8], labels[:8], loss, decide)
     with common.timed(seconds, "umap"):
-        draw_umap(folder, trained, train, train_labels, test, images, perturbed, labels, loss, args.seed)
+        shifted = embed(trained, perturbed)
+        attacked = common.under_fgm(lambda changed: embed(trained, changed), trained, images, labels, loss)
+        del images, perturbed  # the map needs the memory
+        draw_umap(folder, train, train_labels, test, shifted, attacked, labels, args.seed)
 
     metrics = {**measured, "n_test": len(labels), "epsilon": common.EPSILON, "neighbours": NEIGHBOURS,
                "val": {"accuracy": val_accuracy, "accuracy_before_training": val_before}, "retrieval": retrieval,
@@ -242,9 +245,8 @@ def draw_curves(folder, history):
                         {"loss": "train (augmented)", "val_loss": "validation"}, "angular loss")
 
 
-def draw_umap(folder, model, train, train_labels, test, images, perturbed, labels, loss, seed):
-    """Figures 14 and 16: UMAP fitted on the training embeddings; test, perturbed and attacked test in that map."""
-    under_fgm = common.under_fgm(lambda attacked: embed(model, attacked), model, images, labels, loss)
+def draw_umap(folder, train, train_labels, test, shifted, attacked, labels, seed):
+    """Figures 14 and 16: UMAP fitted on the training embeddings; those of all test images in that map."""
     reducer = common.fit_umap(train, seed)
 
     def placed(embeddings):
@@ -252,8 +254,8 @@ def draw_umap(folder, model, train, train_labels, test, images, perturbed, label
 
     common.plot_maps(folder / "figure14_umap.png", {"train": (reducer.embedding_, train_labels),
                                                     "test, in the map of train": placed(test)}, reducer.embedding_)
-    common.plot_maps(folder / "figure16_umap.png", {"perturbed test": placed(embed(model, perturbed)),
-                                                    "test under FGM, eps = 8/255": placed(under_fgm)},
+    common.plot_maps(folder / "figure16_umap.png", {"perturbed test": placed(shifted),
+                                                    "test under FGM, eps = 8/255": placed(attacked)},
                      reducer.embedding_)
 
 
