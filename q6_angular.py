@@ -96,19 +96,20 @@ def first_model(args, split):
     model = common.resnet18(EMBEDDING, args.stem).to(args.device)
     if args.init == "scratch":
         return model, "scratch", []
-    if args.init in ("auto", "imagenet"):
+    checkpoint = None if args.init in ("auto", "imagenet") else args.init
+    if checkpoint is None:
         try:
             weights, source, parents = imagenet_weights(), "imagenet", []
         except (OSError, RuntimeError) as error:
             if args.init == "imagenet":
                 raise common.UserError(f"torchvision's ImageNet weights cannot be fetched ({error}); connect to the "
                                        "network, or use --init scratch") from error
-            path = args.results / "q2" / "model.pt"
+            checkpoint = args.results / "q2" / "model.pt"
             print("WARNING: torchvision's ImageNet weights are neither in its cache nor to be fetched: "
-                  f"STARTING FROM {path}, WHICH WAS TRAINED ON THE SAME FEW IMAGES.", file=sys.stderr)
-            weights, source, parents = backbone_weights(path, args, split)
-    else:
-        weights, source, parents = backbone_weights(args.init, args, split)
+                  f"STARTING FROM {checkpoint}, WHICH WAS TRAINED ON THE SAME FEW IMAGES.", file=sys.stderr)
+    if checkpoint is not None:
+        weights, sha256 = backbone_weights(checkpoint, args, split)
+        source, parents = f"{checkpoint} ({sha256})", [sha256]
     if weights["conv1.weight"].shape != model.backbone.conv1.weight.shape:
         weights["conv1.weight"] = model.backbone.conv1.weight.detach()
     model.backbone.load_state_dict(weights)
@@ -124,7 +125,7 @@ def imagenet_weights():
 
 
 def backbone_weights(path, args, split):
-    """What first_model needs of a checkpoint: its weights without normalisation and head, "FILE (sha256)", [sha256].
+    """A checkpoint's weights without normalisation and head, and its SHA-256.
 
     Raises UserError for another split.
     """
@@ -133,7 +134,7 @@ def backbone_weights(path, args, split):
                               f"use one from {args.results}, for instance {args.results / 'q2/model.pt'}")
     weights = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint["weights"].items()
                if name.startswith("backbone.")}
-    return weights, f"{path} ({checkpoint['sha256']})", [checkpoint["sha256"]]
+    return weights, checkpoint["sha256"]
 
 
 def train_embedding(model, data, args, split, init, state_file):
