@@ -311,14 +311,13 @@ def save_split(path, *, train, val, test, protocol, seed, quick):
     write_file(path, buffer.getvalue())
 
 
-def load_split(path):
+def load_split(path, made_by="python q1_split.py"):
     """Read `split.npz` and check it.
 
     Returns a dict: `train`, `val`, `test` (int64 tensors of indices into load_cifar10's images, disjoint),
     `protocol`, `seed`, `quick`, and `sha256` over all of these, which every later artefact carries.
     Raises UserError when the file is missing, damaged or not a split.
     """
-    made_by = script_command("q1", Path(path).parent.parent)
     content = read_file(path, made_by=made_by)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -345,11 +344,11 @@ def load_data(args):
     Returns the split (see load_split) and a dict from `train`, `val`, `test` to (images uint8, labels int64),
     on args.device. Raises UserError when the split was made in the other of the two modes, quick and full.
     """
-    split = load_split(args.results / "q1" / "split.npz")
+    path, made_by = args.results / "q1" / "split.npz", script_command("q1", args.results, args.quick)
+    split = load_split(path, made_by)
     if split["quick"] != args.quick:
         made = "with --quick" if split["quick"] else "without --quick"
-        raise UserError(f"{args.results / 'q1' / 'split.npz'} was made {made}; run this script the same way, "
-                        f"or first: {script_command('q1', args.results, args.quick)}")
+        raise UserError(f"{path} was made {made}; run this script the same way, or first: {made_by}")
     images, labels = load_cifar10(args.data)
     parts = {name: (images[split[name]].to(args.device), labels[split[name]].to(args.device))
              for name in ("train", "val", "test")}

@@ -25,8 +25,9 @@ def main():
     except (KeyError, TypeError) as error:
         questions = "; ".join(common.script_command(question, args.results, args.quick) for question in found)
         raise common.UserError(f"a metrics.json in {args.results} lacks {error}; make them again with: {questions}") from error
+    page = html_page(blocks, args.results, args.quick)  # first, since a missing figure must leave both as they were
     common.write_file(args.results / "report.md", markdown(blocks).encode())
-    common.write_file(args.results / "report.html", html_page(blocks, args.results).encode())
+    common.write_file(args.results / "report.html", page.encode())
     print(f"Report: {args.results / 'report.html'} (self-contained) and {args.results / 'report.md'}")
 
 
@@ -278,7 +279,7 @@ def markdown(blocks):
     return "\n\n".join(lines) + "\n"
 
 
-def html_page(blocks, results):
+def html_page(blocks, results, quick):
     """Blocks as one HTML page with the figures inside. Raises UserError for a figure that is missing."""
     parts = []
     for kind, *content in blocks:
@@ -288,7 +289,7 @@ def html_page(blocks, results):
             parts.append(f"<table>{''.join(cells)}</table>")
         elif kind == "figure":
             path, caption = content
-            image = common.read_file(results / path, made_by=common.script_command(path[:2], results))
+            image = common.read_file(results / path, made_by=common.script_command(path[:2], results, quick))
             parts.append(f"<figure><img src='data:image/png;base64,{base64.b64encode(image).decode()}' "
                          f"alt='{html.escape(caption, quote=True)}'><figcaption>{html.escape(caption)}</figcaption></figure>")
         else:

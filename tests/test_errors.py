@@ -117,8 +117,10 @@ def test_missing_data_without_network_is_explained(error_line, tmp_path, no_netw
 
 
 @pytest.mark.parametrize("script", [q2_train_ce, q3_attack, q4_adv_train, q6_angular])
-def test_a_missing_split_is_explained(error_line, tmp_path, script):
-    assert "python q1_split.py --results" in error_line(script.main, "--results", tmp_path)
+@pytest.mark.parametrize("mode", [[], ["--quick"]], ids=["full", "quick"])
+def test_a_missing_split_is_explained(error_line, tmp_path, script, mode):
+    line = error_line(script.main, "--results", tmp_path, *mode)
+    assert line.endswith(" ".join(["python q1_split.py --results", str(tmp_path), *mode]))
 
 
 def test_a_missing_model_is_explained(error_line, tmp_path, split, random_images):
@@ -338,6 +340,16 @@ def test_a_report_wants_question_6_to_begin_with_the_present_question_2_unless_a
     found = {"q2": {**origin, "model_sha256": {"model.pt": "1" * 64}}, "q6": {**origin, "parent_sha256": ["2" * 64]}}
     with pytest.raises(common.UserError, match="python q6_angular.py") if refused else contextlib.nullcontext():
         report.refuse_mixtures(found, helpers.tiny_args(results=tmp_path))
+
+
+def test_a_report_that_lacks_a_figure_leaves_the_old_one(error_line, tmp_path, monkeypatch):
+    (tmp_path / "report.md").write_text("old")
+    monkeypatch.setattr(report, "read_results", lambda args: {})
+    monkeypatch.setattr(report, "assemble", lambda found: [("title", "Report"), ("figure", "q3/figure08_umap.png", "Figure 8")])
+    monkeypatch.setattr(report, "refuse_mixtures", lambda found, args: None)
+    line = error_line(report.main, "--results", tmp_path, "--quick")
+    assert line.endswith(f"python q3_attack.py --results {tmp_path} --quick")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"] and (tmp_path / "report.md").read_text() == "old"
 
 
 @pytest.mark.parametrize("seed, target", list(enumerate(helpers.FUZZ_TARGETS)))
