@@ -190,9 +190,14 @@ def state_target(folder):
     return path, read
 
 
+def linear_problem():
+    """12 points with 4 coordinates, and their classes 0 and 1."""
+    return torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+
+
 def train_linear(model, state_file, batch_loss=None, evaluate=None, **changes):
-    """common.train on 12 points with 4 coordinates: three steps per epoch."""
-    points, labels = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+    """common.train on that problem: three steps per epoch."""
+    points, labels = linear_problem()
 
     def cross_entropy(model, indices, generator):
         return F.cross_entropy(model(points[indices]), labels[indices]), torch.tensor(0)

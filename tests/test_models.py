@@ -265,6 +265,29 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines
     assert [common.one_cycle(each) for each in progress] == pytest.approx(expected.tolist())
 
 
+def test_training_is_sgd_with_nesterov_momentum_and_weight_decay_on_weights_only(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    expected = [tensor.detach().double().numpy().copy() for tensor in (model.weight, model.bias)]
+    helpers.train_linear(model, tmp_path / "training.pt", epochs=2, lr=0.5)
+
+    points, labels = (tensor.numpy() for tensor in helpers.linear_problem())
+    velocity = [np.zeros_like(tensor) for tensor in expected]
+    for epoch in range(2):
+        batches = common.shuffled_batches(12, 4, common.generator_for(0, "epoch", epoch))
+        for step, batch in enumerate(batches):
+            weight, bias = expected
+            exponentials = np.exp(points[batch] @ weight.T + bias)
+            error = (exponentials / exponentials.sum(1, keepdims=True) - np.eye(2)[labels[batch]]) / len(batch)
+            gradients = [error.T @ points[batch] + 5e-4 * weight, error.sum(0)]
+            velocity = [0.9 * before + gradient for before, gradient in zip(velocity, gradients)]
+            rate = 0.5 * np.interp((3 * epoch + step) / 6, [0, 0.2, 1], [0, 1, 0])
+            expected = [tensor - rate * (gradient + 0.9 * moved)
+                        for tensor, gradient, moved in zip(expected, gradients, velocity)]
+    for found, tensor in zip((model.weight, model.bias), expected):
+        np.testing.assert_allclose(found.detach().numpy(), tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_an_epoch_holds_every_image_at_most_once_and_only_full_batches():
     batches = common.shuffled_batches(103, 10, torch.Generator().manual_seed(0))
     assert [len(batch) for batch in batches] == [10] * 10
