@@ -196,7 +196,7 @@ def linear_problem():
 
 
 def train_linear(model, state_file, batch_loss=None, evaluate=None, **changes):
-    """common.train on that problem: three steps per epoch."""
+    """common.train on `linear_problem`: three steps per epoch."""
     points, labels = linear_problem()
 
     def cross_entropy(model, indices, generator):
