@@ -29,6 +29,8 @@ def main():
     common.add_training_flags(parser, epochs=40, batch_size=64, lr=0.1, stem="stride2")
     parser.add_argument("--cutmix", action="store_true",
                         help="mix half of every batch with other images, for runs long enough to overfit without")
+    parser.add_argument("--trivial-augment", action="store_true",
+                        help="change colour or geometry of every image at random, for the same; stronger than --cutmix")
     args = common.parse_arguments(parser)
     folder = args.results / "q2"
     split, data = common.load_data(args)
@@ -83,7 +85,10 @@ def train_on_clean_images(data, args, split, state_file):
         return common.shuffled_batches(len(images), args.batch_size, generator)
 
     def batch_loss(model, indices, generator):
-        batch, targets = common.crop_and_flip(common.as_float(images[indices]), generator), labels[indices]
+        batch, targets = images[indices], labels[indices]
+        if args.trivial_augment:
+            batch = trivial_augment(batch, generator)
+        batch = common.crop_and_flip(common.as_float(batch), generator)
         if args.cutmix:
             batch, targets = cut_and_mix(batch, targets, generator)
         else:
@@ -98,9 +103,23 @@ def train_on_clean_images(data, args, split, state_file):
     torch.manual_seed(args.seed)
     model = common.resnet18(len(common.CLASSES), args.stem).to(args.device)
     recipe = common.training_recipe(args, "q2", split, label_smoothing=LABEL_SMOOTHING, cutout=CUTOUT,
-                                    cutmix=CUTMIX if args.cutmix else 0.0)
+                                    cutmix=CUTMIX if args.cutmix else 0.0, trivial_augment=args.trivial_augment)
     history = common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
     return model, history
+
+
+def trivial_augment(images, generator):
+    """TrivialAugment (Müller & Hutter 2021): for each image one of 14 changes of colour or geometry, of random strength.
+
+    images uint8 N x 3 x H x W. What a change leaves empty takes the mean colour of CIFAR-10. Draws from the CPU
+    generator: torchvision draws from the global one, which is seeded from it here and is afterwards as it was.
+    """
+    from torchvision.transforms.v2 import TrivialAugmentWide
+
+    policy = TrivialAugmentWide(fill=[round(255 * mean) for mean in common.CIFAR10_MEAN])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+        return torch.stack([policy(image) for image in images])
 
 
 def cut_out(images, generator):

@@ -107,13 +107,13 @@ def split_section(q1):
 
 
 def training_section(q2):
-    augmentation = "cutmix and cutout" if q2["settings"]["cutmix"] else "cutout"
+    chosen = [name for flag, name in (("trivial_augment", "TrivialAugment"), ("cutmix", "cutmix")) if q2["settings"][flag]]
     per_class = q2["test"]["accuracy_per_class"]
     hardest, easiest = min(per_class, key=per_class.get), max(per_class, key=per_class.get)
     return [
         ("heading", "Question 2: cross-entropy"),
         ("text", f"Asked: train ResNet-18 from random weights with cross-entropy. Done: {training_settings(q2)}, "
-                 f"shifts, mirroring and {augmentation}."),
+                 f"augmentation by {', '.join(['shifts', 'mirroring', *chosen, 'cutout'])}."),
         ("table", ["part", "accuracy", "cross-entropy", "calibration error (ECE)"],
          [[name, common.percent(q2[key]["accuracy"]), f"{q2[key]['loss']:.3f}", common.percent(q2[key]["ece"])]
           for name, key in (("validation", "val"), ("test", "test"))]),

@@ -274,6 +274,17 @@ def test_cutout_covers_every_pixel_and_at_most_one_square():
     assert changed[:, 0].any(0).all()
 
 
+def test_trivial_augment_changes_every_image_in_its_own_way_and_leaves_the_global_generator_alone():
+    images = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).expand(300, -1, -1, -1)
+    state = torch.get_rng_state()
+    made, again = (q2_train_ce.trivial_augment(images, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert made.dtype == torch.uint8 and torch.equal(made, again)
+    unchanged = (made == images).flatten(1).all(1).float().mean()
+    assert 1 / 20 < unchanged < 1 / 3  # the identity is one of the 14; the others, too, may draw a strength of 0
+    assert len(made.unique(dim=0)) > 100
+
+
 def test_cutmix_mixes_labels_in_proportion_to_the_pixels():
     labels = torch.arange(2000) % 10
     images = (labels / 10).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)  # the class can be read off every pixel
