@@ -87,7 +87,7 @@ def add_training_flags(parser, *, epochs, batch_size, lr, stem):
     add = parser.add_argument
     add("--epochs", type=_whole_number(1, 10_000), help=f"passes over the training images ({epochs}; 2 with --quick)")
     add("--batch-size", type=_whole_number(2, 100_000), default=batch_size, help=f"images per step ({batch_size})")
-    add("--lr", type=_positive_number, default=lr, help=f"peak learning rate ({lr})")
+    add("--lr", type=positive_number, default=lr, help=f"peak learning rate ({lr})")
     add("--stem", choices=STEMS, default=stem, help=f"first layer of the ResNet-18, see common.resnet18 ({stem})")
     add_precision_flag(parser)
     add("--fresh", action="store_true", help="start training again instead of going on from the last finished epoch")
@@ -158,7 +158,7 @@ def _whole_number(low, high):
     return parse
 
 
-def _positive_number(text):
+def positive_number(text):
     """An argparse type."""
     try:
         value = float(text)

@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import common
 import helpers
+import q4_adv_train
 import q6_angular
 
 FILES = {
@@ -93,6 +94,27 @@ def test_metrics_tell_the_time_of_every_stage(metrics, question):
         stages = {(model, stage): value for model, each in stages.items() for stage, value in each.items()}
     assert len(stages) >= 3
     assert all(value >= 0 for value in stages.values())
+
+
+@pytest.mark.parametrize("flags, rates", [
+    (["--lr", "0.02"], [0.02, 0.02]),
+    (["--lr", "0.02", "--lr-perturbed", "0.003"], [0.003, 0.02]),
+])
+def test_question_4_trains_each_model_at_its_own_rate(cifar10, quick_run, monkeypatch, flags, rates):
+    def noted(prepare, name, model, data, args, *others):
+        seen.append(args.lr)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return []
+
+    seen = []
+    monkeypatch.setattr(q4_adv_train, "train_on", noted)
+    monkeypatch.setattr(q4_adv_train, "draw_curves", lambda *arguments: None)
+    monkeypatch.setattr(common, "save_checkpoint", lambda *arguments, **others: "")
+    monkeypatch.setattr("sys.argv", helpers.quick_script("q4", cifar10, quick_run.results)[1:] + flags)
+    with pytest.raises(KeyboardInterrupt):
+        q4_adv_train.main()
+    assert seen == rates
 
 
 def test_accuracies_are_fractions_under_every_condition(measured):
