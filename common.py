@@ -941,7 +941,6 @@ def attack_checks(model, exact, images, labels, values, seed, loss, decide):
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 WARMUP = 0.2  # share of all steps in which the learning rate rises linearly; then it falls linearly to 0
-_LOWER_RATE = "lower --lr and start over with --fresh"
 VALIDATION_SUBSET = 2_000  # the first validation images (q1 has shuffled them), scored after each epoch
 
 
@@ -974,6 +973,7 @@ def train(model, batches, batch_loss, evaluate, args, recipe, state_file):
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, nesterov=True, fused=args.device != "mps")
     recipe = {**recipe, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "warmup": WARMUP}
     history = [] if args.fresh else _resume(state_file, model, optimizer, recipe)
+    remedy = f"lower the peak learning rate (--lr), now {args.lr:g}, and start over with --fresh"
 
     for epoch in range(len(history), args.epochs):
         started = time.perf_counter()
@@ -997,12 +997,12 @@ def train(model, batches, batch_loss, evaluate, args, recipe, state_file):
             correct, seen = correct + batch_correct, seen + len(indices)
             if bar is not epoch_batches and step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{float(correct) / seen:.3f}")
-        mean_loss = _finite_mean(losses, epoch)
+        mean_loss = _finite_mean(losses, epoch, remedy)
         seconds = time.perf_counter() - started
         history.append({"loss": mean_loss, "accuracy": float(correct) / seen, "seconds": seconds, **evaluate(model)})
         for name, value in history[-1].items():
             if not math.isfinite(value):
-                raise UserError(f"{name} became {value} at the end of epoch {epoch + 1}; {_LOWER_RATE}")
+                raise UserError(f"{name} became {value} at the end of epoch {epoch + 1}; {remedy}")
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
         print(f"{title}  {numbers}", file=sys.stderr, flush=True)
         write_file(state_file, _torch_bytes({"recipe": recipe, "history": history, "model": model.state_dict(),
@@ -1056,12 +1056,12 @@ def _resume(state_file, model, optimizer, recipe):
     return history
 
 
-def _finite_mean(losses, epoch):
+def _finite_mean(losses, epoch, remedy):
     losses = torch.stack(losses).float().cpu()
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
         step = int(wrong[0])
-        raise UserError(f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}; {_LOWER_RATE}")
+        raise UserError(f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}; {remedy}")
     return losses.mean().item()
 
 
