@@ -19,6 +19,7 @@ Run     python q4_adv_train.py
 
 import copy
 from argparse import Namespace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,6 @@ import torch.nn.functional as F
 import common
 
 LABEL_SMOOTHING = 0.1
-NOISE = 2.0  # of N-FGSM, in epsilons
 PGD_IMAGES = 250  # the first validation images, attacked after every epoch
 
 
@@ -37,6 +37,8 @@ def main():
                         help="first weights: those of question 2's model or random ones (q2)")
     parser.add_argument("--lr-perturbed", type=common.positive_number,
                         help="peak learning rate of the model trained without FGM (that of --lr)")
+    parser.add_argument("--noise", type=common.positive_number, default=2.0,
+                        help="noise before the FGM step in training, in epsilons (2); more if PGD accuracy collapses")
     args = common.parse_arguments(parser)
     folder = args.results / "q4"
     split, data = common.load_data(args)
@@ -44,10 +46,11 @@ def main():
     origin = common.provenance(args, "q4", split, parents)
 
     trained = {}
-    for name, prepare, lr in (("perturbed", perturb_only, args.lr_perturbed or args.lr),
-                              ("perturbed_fgm_trained", perturb_and_attack, args.lr)):
+    for name, prepare, settings in (
+            ("perturbed", perturb_only, {"lr": args.lr_perturbed or args.lr, "noise": None}),
+            ("perturbed_fgm_trained", partial(perturb_and_attack, noise=args.noise), {})):
         model = copy.deepcopy(first)
-        history = train_on(prepare, name, model, data, Namespace(**{**vars(args), "lr": lr}), split, origin,
+        history = train_on(prepare, name, model, data, Namespace(**{**vars(args), **settings}), split, origin,
                            folder / f"training_{name}.pt")
         model_sha256 = common.save_checkpoint(folder / f"{name}.pt", model, stem=args.stem, provenance=origin)
         draw_curves(folder, name, history)
@@ -91,15 +94,15 @@ def perturb_only(model, images, labels, generator):
     return common.perturb(common.crop_and_flip(images, generator), generator)
 
 
-def perturb_and_attack(model, images, labels, generator):
+def perturb_and_attack(model, images, labels, generator, noise):
     """New perturbed versions of clean images, attacked by N-FGSM (de Jorge et al. 2022, algorithm 1).
 
-    Noise uniform in [-2 eps, 2 eps], one FGM step of eps from there; neither is projected back to eps.
+    Noise uniform within `noise` times eps, one FGM step of eps from there; neither is projected back to eps.
     """
     eps = common.EPSILON["linf"]
     images = perturb_only(model, images, labels, generator)
-    noise = torch.empty(images.shape).uniform_(-NOISE * eps, NOISE * eps, generator=generator)
-    noisy = (images + common.send(noise, images.device)).clamp(0, 1).requires_grad_()
+    start = torch.empty(images.shape).uniform_(-noise * eps, noise * eps, generator=generator)
+    noisy = (images + common.send(start, images.device)).clamp(0, 1).requires_grad_()
     gradient, = torch.autograd.grad(F.cross_entropy(model(noisy).float(), labels), noisy)
     return (noisy.detach() + eps * gradient.sign()).clamp(0, 1)
 
@@ -124,7 +127,7 @@ def train_on(prepare, name, model, data, args, split, origin, state_file):
                                           common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS)
         return {**common.validation_scores(model, val_images, val_labels), "val_pgd": pgd[-1]}
 
-    recipe = common.training_recipe(args, f"q4 {name}", split, label_smoothing=LABEL_SMOOTHING, noise=NOISE,
+    recipe = common.training_recipe(args, f"q4 {name}", split, label_smoothing=LABEL_SMOOTHING, noise=args.noise,
                                     eps=common.EPSILON["linf"], first_weights=origin["parent_sha256"])
     return common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
 

@@ -57,7 +57,7 @@ def tiny_data():
 def tiny_args(**changes):
     """Flags of a training that takes seconds, as common.parse_arguments returns them."""
     flags = {"epochs": 2, "batch_size": 40, "lr": 0.05, "stem": "imagenet", "precision": "float32", "seed": 0,
-             "device": "cpu", "fresh": False, "quick": True}
+             "device": "cpu", "fresh": False, "quick": True, "noise": 2.0}
     return SimpleNamespace(**{**flags, **changes})
 
 

@@ -237,12 +237,13 @@ def test_catastrophic_overfitting_gives_a_warning():
 # ---- The attack in question 4's training -------------------------------------------------------
 
 
-def test_n_fgsm_goes_up_the_loss_from_noise_of_twice_eps(network, images, labels):
-    attacked = q4_adv_train.perturb_and_attack(network, images, labels, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("noise", [1, 2, 4])
+def test_n_fgsm_goes_up_the_loss_from_noise_of_so_many_eps(network, images, labels, noise):
+    attacked = q4_adv_train.perturb_and_attack(network, images, labels, torch.Generator().manual_seed(0), noise)
     perturbed = q4_adv_train.perturb_only(network, images, labels, torch.Generator().manual_seed(0))
     change = (attacked - perturbed) / EPS
     assert attacked.min() >= 0 and attacked.max() <= 1
-    assert 2.9 < change.abs().max() <= 3 + 1e-4
-    noisy = (perturbed + 2 * EPS * (2 * torch.rand_like(perturbed) - 1)).clamp(0, 1)
+    assert noise + 0.9 < change.abs().max() <= noise + 1 + 1e-4
+    noisy = (perturbed + noise * EPS * (2 * torch.rand_like(perturbed) - 1)).clamp(0, 1)
     assert F.cross_entropy(network(attacked), labels) > F.cross_entropy(network(noisy), labels) + 0.01
     assert all(weight.grad is None for weight in network.parameters())

@@ -3,6 +3,7 @@
 import random
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def trainings():
         return train
 
     return {"q4 perturbed": adversarial(q4_adv_train.perturb_only),
-            "q4 perturbed and attacked": adversarial(q4_adv_train.perturb_and_attack),
+            "q4 perturbed and attacked": adversarial(partial(q4_adv_train.perturb_and_attack, noise=2)),
             "q6": angular}
 
 

@@ -96,13 +96,14 @@ def test_metrics_tell_the_time_of_every_stage(metrics, question):
     assert all(value >= 0 for value in stages.values())
 
 
-@pytest.mark.parametrize("flags, rates", [
-    (["--lr", "0.02"], [0.02, 0.02]),
-    (["--lr", "0.02", "--lr-perturbed", "0.003"], [0.003, 0.02]),
+@pytest.mark.parametrize("flags, expected", [
+    (["--lr", "0.02"], [(0.02, None), (0.02, 2.0)]),
+    (["--lr", "0.02", "--lr-perturbed", "0.003", "--noise", "3"], [(0.003, None), (0.02, 3.0)]),
 ])
-def test_question_4_trains_each_model_at_its_own_rate(cifar10, quick_run, monkeypatch, flags, rates):
+def test_question_4_trains_each_model_with_its_own_rate_and_noise(cifar10, quick_run, monkeypatch, flags, expected):
     def noted(prepare, name, model, data, args, *others):
-        seen.append(args.lr)
+        seen.append((args.lr, args.noise))
+        assert getattr(prepare, "keywords", {}).get("noise") == args.noise
         if len(seen) == 2:
             raise KeyboardInterrupt
         return []
@@ -114,7 +115,7 @@ def test_question_4_trains_each_model_at_its_own_rate(cifar10, quick_run, monkey
     monkeypatch.setattr("sys.argv", helpers.quick_script("q4", cifar10, quick_run.results)[1:] + flags)
     with pytest.raises(KeyboardInterrupt):
         q4_adv_train.main()
-    assert seen == rates
+    assert seen == expected
 
 
 def test_accuracies_are_fractions_under_every_condition(measured):
