@@ -20,7 +20,6 @@ Run     python q4_adv_train.py
 
 import copy
 from argparse import Namespace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +48,7 @@ def main():
     trained = {}
     for name, prepare, settings in (
             ("perturbed", perturb_only, {"lr": args.lr_perturbed or args.lr, "noise": None}),
-            ("perturbed_fgm_trained", partial(perturb_and_attack, noise=args.noise), {})):
+            ("perturbed_fgm_trained", perturb_and_attack, {})):
         model = copy.deepcopy(first)
         history = train_on(prepare, name, model, data, Namespace(**{**vars(args), **settings}), split, origin,
                            folder / f"training_{name}.pt")
@@ -90,18 +89,18 @@ def first_model(args, split):
     return model, [checkpoint["sha256"]]
 
 
-def perturb_only(model, images, labels, generator):
-    """New perturbed versions of clean images."""
+def perturb_only(model, images, labels, noise, generator):
+    """New perturbed versions of clean images; takes the arguments of `perturb_and_attack`, to stand in its place."""
     return common.perturb(common.crop_and_flip(images, generator), generator)
 
 
-def perturb_and_attack(model, images, labels, generator, noise):
+def perturb_and_attack(model, images, labels, noise, generator):
     """New perturbed versions of clean images, attacked by N-FGSM (de Jorge et al. 2022, algorithm 1).
 
     Noise uniform within `noise` times eps, one FGM step of eps from there; neither is projected back to eps.
     """
     eps = common.EPSILON["linf"]
-    images = perturb_only(model, images, labels, generator)
+    images = perturb_only(model, images, labels, noise, generator)
     start = torch.empty(images.shape).uniform_(-noise * eps, noise * eps, generator=generator)
     noisy = (images + common.send(start, images.device)).clamp(0, 1).requires_grad_()
     gradient, = torch.autograd.grad(F.cross_entropy(model(noisy).float(), labels), noisy)
@@ -109,7 +108,7 @@ def perturb_and_attack(model, images, labels, generator, noise):
 
 
 def train_on(prepare, name, model, data, args, split, origin, state_file):
-    """Train the model in place on the images that `prepare` makes; returns the history."""
+    """Train the model in place on the images that `prepare` makes, under noise of `args.noise`; returns the history."""
     images, labels = data["train"]
     val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
     val_images = common.perturbed_images(val_images, "val", args.seed)
@@ -119,7 +118,8 @@ def train_on(prepare, name, model, data, args, split, origin, state_file):
 
     def batch_loss(model, indices, generator):
         target = labels[indices]
-        logits = model(prepare(model, common.as_float(images[indices]), target, generator)).float()
+        prepared = prepare(model, common.as_float(images[indices]), target, args.noise, generator)
+        logits = model(prepared).float()
         return F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING), (logits.argmax(1) == target).sum()
 
     def evaluate(model):

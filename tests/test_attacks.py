@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import helpers
 import q4_adv_train
 
 EPS = 8 / 255
@@ -239,11 +240,23 @@ def test_catastrophic_overfitting_gives_a_warning():
 
 @pytest.mark.parametrize("noise", [1, 2, 4])
 def test_n_fgsm_goes_up_the_loss_from_noise_of_so_many_eps(network, images, labels, noise):
-    attacked = q4_adv_train.perturb_and_attack(network, images, labels, torch.Generator().manual_seed(0), noise)
-    perturbed = q4_adv_train.perturb_only(network, images, labels, torch.Generator().manual_seed(0))
+    attacked = q4_adv_train.perturb_and_attack(network, images, labels, noise, torch.Generator().manual_seed(0))
+    perturbed = q4_adv_train.perturb_only(network, images, labels, None, torch.Generator().manual_seed(0))
     change = (attacked - perturbed) / EPS
     assert attacked.min() >= 0 and attacked.max() <= 1
     assert noise + 0.9 < change.abs().max() <= noise + 1 + 1e-4
     noisy = (perturbed + noise * EPS * (2 * torch.rand_like(perturbed) - 1)).clamp(0, 1)
     assert F.cross_entropy(network(attacked), labels) > F.cross_entropy(network(noisy), labels) + 0.01
     assert all(weight.grad is None for weight in network.parameters())
+
+
+def test_training_attacks_with_the_noise_of_its_flags(tmp_path):
+    def noted(model, images, labels, noise, generator):
+        seen.append(noise)
+        return images
+
+    seen = []
+    args = helpers.tiny_args(epochs=1, noise=3.5)
+    q4_adv_train.train_on(noted, "m", common.resnet18(10, args.stem), helpers.tiny_data(), args, {"sha256": "tiny"},
+                          {"parent_sha256": []}, tmp_path / "training.pt")
+    assert set(seen) == {3.5}

@@ -31,8 +31,8 @@ def network():
     lambda images, labels, generator: q2_train_ce.trivial_augment(images.to(torch.uint8), generator),
     lambda images, labels, generator: q2_train_ce.cut_out(images, generator),
     lambda images, labels, generator: q2_train_ce.cut_and_mix(images, labels, generator)[0],
-    lambda images, labels, generator: q4_adv_train.perturb_only(None, images, labels, generator),
-    lambda images, labels, generator: q4_adv_train.perturb_and_attack(network(), images, labels, generator, noise=2),
+    lambda images, labels, generator: q4_adv_train.perturb_only(None, images, labels, None, generator),
+    lambda images, labels, generator: q4_adv_train.perturb_and_attack(network(), images, labels, 2, generator),
 ], ids=["crop and flip", "trivial augment", "cutout", "cutmix", "perturb", "perturb and attack"])
 def test_training_images_are_made_on_their_device_without_waiting_for_it(prepare):
     images = torch.empty(20, 3, 32, 32, device="meta")  # a device whose numbers cannot be read back at all

@@ -67,6 +67,7 @@ def one_line(error):
     (q2_train_ce, ["--lr", "inf"], "--lr"),
     (q4_adv_train, ["--stem", "vgg"], "--stem"),
     (q4_adv_train, ["--lr-perturbed", "0"], "--lr-perturbed"),
+    (q4_adv_train, ["--noise", "0"], "--noise"),
     (q6_angular, ["--precision", "int8"], "--precision"),
     (q3_attack, ["--epochs", "3"], "--epochs"),
     (q3_attack, ["--no-such-flag"], "--no-such-flag"),

@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-from functools import partial
 
 import pytest
 import torch
@@ -72,7 +71,7 @@ def trainings():
         return train
 
     return {"q4 perturbed": adversarial(q4_adv_train.perturb_only),
-            "q4 perturbed and attacked": adversarial(partial(q4_adv_train.perturb_and_attack, noise=2)),
+            "q4 perturbed and attacked": adversarial(q4_adv_train.perturb_and_attack),
             "q6": angular}
 
 

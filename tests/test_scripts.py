@@ -103,7 +103,6 @@ def test_metrics_tell_the_time_of_every_stage(metrics, question):
 def test_question_4_trains_each_model_with_its_own_rate_and_noise(cifar10, quick_run, monkeypatch, flags, expected):
     def noted(prepare, name, model, data, args, *others):
         seen.append((args.lr, args.noise))
-        assert getattr(prepare, "keywords", {}).get("noise") == args.noise
         if len(seen) == 2:
             raise KeyboardInterrupt
         return []
