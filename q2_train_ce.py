@@ -1,11 +1,11 @@
 """Question 2: train ResNet-18 from random weights with cross-entropy on the 12,000 images.
 
-Reports accuracy on validation and test (per class too, with the confusion matrix), the calibration of the
-predicted probabilities, the curves of accuracy and loss, and a UMAP of the 512 numbers that the convolutional
-part ends in: fitted on train without labels, then applied to test.
+Reports accuracy on validation and test (per class too, with the confusion matrix), the calibration
+of the predicted probabilities, the curves of accuracy and loss, and a UMAP of the 512 numbers that
+the convolutional part ends in: fitted on train without labels, then applied to test.
 
-Reaches 85.04 % on test (three seeds, standard deviation 0.16) in 26 minutes of training on two cores of a Zen 4 EPYC;
-`--stem cifar --epochs 150 --trivial-augment` 92.23 % (one run) in 301 minutes.
+Reaches 85.04 % on test (three seeds, standard deviation 0.16) in 26 minutes of training on two
+cores of a Zen 4 EPYC; with `--stem cifar` 92.23 % (one run) in 301 minutes.
 
 Reads   results/q1/split.npz, CIFAR-10
 Writes  results/q2: model.pt, figure03 to figure06, confusion and reliability figures, metrics.json
@@ -18,171 +18,243 @@ import torch.nn.functional as F
 
 import common
 
-CUTOUT = 12  # side of the square, in pixels
-CUTMIX = 0.5  # share of every batch that --cutmix mixes; the rest gets the cutout
+RECIPES = {  # searched on validation: docs/recipes.md
+    # For processors without bfloat16, as in most laptops; the recipe is that of stride2.
+    "imagenet": {"epochs": 40, "batch_size": 64, "lr": 0.1, "trivial_augment": False},
+    # Half the batch at half the rate gained a point; TrivialAugment slows a run so short.
+    "stride2": {"epochs": 40, "batch_size": 64, "lr": 0.1, "trivial_augment": False},
+    # For a GPU. A run as long would learn its images by heart without TrivialAugment.
+    "cifar": {"epochs": 150, "batch_size": 64, "lr": 0.1, "trivial_augment": True},
+}
 LABEL_SMOOTHING = 0.1  # keeps the network from growing over-confident on so few images
+CUTOUT = 12  # side of the square, in pixels
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
 
 
 def main():
-    parser = common.argument_parser(__doc__)
-    common.add_training_flags(parser, epochs=40, batch_size=64, lr=0.1, stem="stride2")
-    parser.add_argument("--cutmix", action="store_true",
-                        help="mix half of every batch with other images, for runs long enough to overfit without")
-    parser.add_argument("--trivial-augment", action="store_true",
-                        help="change colour or geometry of every image at random, for the same; stronger than --cutmix")
+    parser = common.argument_parser(__doc__, RECIPES)
+    parser.add_argument("--stem", choices=("auto", *common.STEMS), default="auto",
+                        help="first layer of the network (auto: cifar on a CUDA GPU, else stride2)")
     args = common.parse_arguments(parser)
-    folder = args.results / "q2"
+    folder, seconds = args.results / "q2", {}
     split, data = common.load_data(args)
-    origin = common.provenance(args, "q2", split)
-    seconds = {}
+    recipe = common.choose_recipe(args, RECIPES, choose_stem(args), "q2", split,
+                                  label_smoothing=LABEL_SMOOTHING, cutout=CUTOUT)
+    origin = {**common.provenance(args, "q2", split), "recipe": recipe}
 
-    model, history = train_on_clean_images(data, args, split, folder / "training.pt")
+    model, history = train_classifier(data, recipe, folder / "training.pt", args.fresh)
     seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
-    model_sha256 = common.save_checkpoint(folder / "model.pt", model, stem=args.stem, provenance=origin)
-    common.plot_history(folder / "figure03_accuracy.png", history,
-                        {"accuracy": "train (augmented)", "val_accuracy": "validation"}, "accuracy")
-    common.plot_history(folder / "figure04_loss.png", history,
-                        {"loss": "train (augmented, smoothed labels)", "val_loss": "validation"}, "cross-entropy")
+    digest = common.save_checkpoint(folder / "model.pt", model, stem=recipe["stem"],
+                                    provenance=origin)
+    draw_curves(folder, history)
 
     trained = common.frozen(model, args.precision)
     with common.timed(seconds, "evaluate"):
-        scores = {name: class_scores(trained, *data[name], folder, name) for name in ("val", "test")}
+        scores = {part: class_scores(trained, *data[part]) for part in ("val", "test")}
+        draw_scores(folder, scores)
     with common.timed(seconds, "umap"):
-        train_labels, test_labels = data["train"][1], data["test"][1]
-        train_features, test_features = (common.backbone_features(trained, common.as_float(data[name][0]))
-                                         for name in ("train", "test"))
-        reducer = common.fit_umap(train_features, args.seed)
-        common.plot_maps(folder / "figure05_umap_train.png",
-                         {"train": (reducer.embedding_, train_labels)}, reducer.embedding_)
-        common.plot_maps(folder / "figure06_umap_test.png",
-                         {"test, in the map of train": (common.map_into(reducer, test_features), test_labels)},
-                         reducer.embedding_)
+        map_sha256 = draw_maps(folder, trained, data, args.seed)
 
     common.write_metrics(folder, origin, {
-        "model_sha256": {"model.pt": model_sha256},
-        "accuracy": {"clean": scores["test"]["accuracy"]},
-        "n_test": len(test_labels),
-        "val": scores["val"], "test": scores["test"],
-        "umap_sha256": common.sha256(reducer.embedding_.tobytes()),
-        "history": history,
-        "seconds": seconds,
+        "models": {common.CROSS_ENTROPY: {
+            "accuracy": {"clean": scores["test"]["accuracy"]}, "sha256": digest, **scores,
+            "recipe": recipe, "history": history}},
+        "n_test": len(data["test"][1]), "umap_sha256": map_sha256, "seconds": seconds,
     })
     common.print_table(
         "Question 2: ResNet-18 with cross-entropy",
         ["part", "images", "accuracy", "calibration error (ECE)"],
-        [[name, str(len(data[name][1])), common.percent(score["accuracy"]), common.percent(score["ece"])]
-         for name, score in scores.items()],
-    )
+        [[part, str(len(data[part][1])), common.percent(score["accuracy"]),
+          common.percent(score["ece"])] for part, score in scores.items()])
 
 
-def train_on_clean_images(data, args, split, state_file):
+def choose_stem(args):
+    """The stem that --stem names; for "auto" the one that suits the device, said in a line."""
+    if args.stem != "auto":
+        return args.stem
+    stem = "cifar" if args.device == "cuda" else "stride2"
+    print(f"Stem {stem}, since this runs on {args.device}; --stem chooses another")
+    return stem
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def train_classifier(data, recipe, state_file, fresh):
     """A trained model in eval mode, and the history of its training."""
-    images, labels = data["train"]
     val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
 
-    def batches(generator):
-        return common.shuffled_batches(len(images), args.batch_size, generator)
-
-    def batch_loss(model, indices, generator):
-        batch, targets = images[indices], labels[indices]
-        if args.trivial_augment:
-            batch = trivial_augment(batch, generator)
-        batch = common.crop_and_flip(common.as_float(batch), generator)
-        if args.cutmix:
-            batch, targets = cut_and_mix(batch, targets, generator)
-        else:
-            batch = cut_out(batch, generator)
-        logits = model(batch).float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
-        return loss, (logits.argmax(1) == labels[indices]).sum()
-
     def evaluate(model):
-        return common.validation_scores(common.frozen(model, args.precision), common.as_float(val_images), val_labels)
+        model = common.frozen(model, recipe["precision"])
+        return common.validation_scores(model, common.as_float(val_images), val_labels)
 
-    torch.manual_seed(args.seed)
-    model = common.resnet18(len(common.CLASSES), args.stem).to(args.device)
-    recipe = common.training_recipe(args, "q2", split, label_smoothing=LABEL_SMOOTHING, cutout=CUTOUT,
-                                    cutmix=CUTMIX if args.cutmix else 0.0, trivial_augment=args.trivial_augment)
-    history = common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
+    torch.manual_seed(recipe["seed"])
+    model = common.resnet18(len(common.CLASSES), recipe["stem"]).to(recipe["device"])
+    history = common.train(model, data["train"], training_step, common.shuffled_batches, evaluate,
+                           recipe, state_file, fresh)
     return model, history
 
 
+def training_step(model, images, labels, generator, recipe):
+    """Loss and number of correct predictions on a batch (images uint8) after augmentation."""
+    if recipe["trivial_augment"]:
+        images = trivial_augment(images, generator)
+    images = common.crop_and_flip(common.as_float(images), generator)
+    images = cut_out(images, recipe["cutout"], generator)
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe["label_smoothing"])
+    return loss, (logits.argmax(1) == labels).sum()
+
+
+LEVELS = 31
+GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+OPERATIONS = {  # of TrivialAugment: torchvision's strengths, and whether their sign is drawn, too
+    **dict.fromkeys(GEOMETRY[:2], (torch.linspace(0, 0.99, LEVELS), True)),
+    **dict.fromkeys(GEOMETRY[2:4], (torch.linspace(0, 32, LEVELS).trunc(), True)),  # pixels
+    "Rotate": (torch.linspace(0, 135, LEVELS), True),  # degrees
+    **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"),
+                    (torch.linspace(0, 0.99, LEVELS), True)),
+    "Posterize": ((8 - torch.arange(LEVELS) / 5).round(), False),  # bits that are kept
+    "Solarize": (torch.linspace(1, 0, LEVELS), False),  # value from which on it is inverted
+    **dict.fromkeys(("AutoContrast", "Equalize", "Identity"), (torch.zeros(LEVELS), False)),
+}
+STRENGTHS = torch.stack([torch.stack([-strength if signed and negative else strength
+                                      for strength, signed in OPERATIONS.values()])
+                         for negative in (False, True)])  # by sign, operation and level
+FILL = (255 * torch.tensor(common.CIFAR10_MEAN)).round().view(1, 3, 1, 1)
+
+
 def trivial_augment(images, generator):
-    """TrivialAugment (Müller & Hutter 2021): for each image one of 14 changes of colour or geometry, of random strength.
+    """TrivialAugment (Müller & Hutter 2021): one of 14 changes for each image, of random strength.
 
-    images uint8 N x 3 x H x W. What a change leaves empty takes the mean colour of CIFAR-10. Draws from the CPU
-    generator: torchvision draws from the global one, which is seeded from it here and is afterwards as it was.
+    images uint8 N x 3 x H x W. The distribution is that of torchvision's TrivialAugmentWide; what a
+    change of geometry leaves empty takes CIFAR-10's mean colour. Draws from the CPU generator, and
+    changes all images of an operation at once.
     """
-    from torchvision.transforms.v2 import TrivialAugmentWide
+    operation, level, sign = (torch.randint(high, (len(images),), generator=generator)
+                              for high in (len(OPERATIONS), LEVELS, 2))
+    operation, order = operation.sort()
+    strength = STRENGTHS[sign, operation, level]
+    values = images.index_select(0, common.send(order, images.device)).float()
+    numbers = torch.bincount(operation, minlength=len(OPERATIONS)).tolist()
+    numbers = [sum(numbers[: len(GEOMETRY)]), *numbers[len(GEOMETRY):]]
+    names = ["geometry", *list(OPERATIONS)[len(GEOMETRY):]]
+    changed = [change(name, *group) for name, group in
+               zip(names, zip(values.split(numbers), operation.split(numbers),
+                              strength.split(numbers), strict=True), strict=True)]
+    back = common.send(order.argsort(), images.device)
+    return torch.cat(changed).index_select(0, back).clamp_(0, 255).to(torch.uint8)
 
-    policy = TrivialAugmentWide(fill=[round(255 * mean) for mean in common.CIFAR10_MEAN])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-        return torch.stack([policy(image) for image in images])
+
+def change(name, values, operation, strength):
+    """Images of float values in 0..255 after one of OPERATIONS, or a mixture of GEOMETRY.
+
+    values N x 3 x H x W. On the CPU: operation int64 N, positions in OPERATIONS; strength float N.
+    """
+    if name == "Identity" or not len(values):
+        return values
+    if name == "geometry":
+        return displaced(values, operation, strength)
+    if name == "Equalize":
+        return equalized(values)
+    if name == "AutoContrast":
+        low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
+        stretched = (values - low) / ((high - low).clamp_min(1) * (1 / 255))
+        return torch.where(high > low, stretched, values)
+    strength = strength.view(-1, 1, 1, 1)
+    if name == "Posterize":
+        distance = common.send(2 ** (8 - strength), values.device)
+        return (values / distance).floor() * distance
+    if name == "Solarize":
+        threshold = common.send(255 * strength, values.device)
+        return torch.where(values >= threshold, 255 - values, values)
+    return values + common.send(strength, values.device) * (values - without(name, values))
 
 
-def cut_out(images, generator):
-    """Cutout (DeVries & Taylor 2017): a square of each image, partly outside perhaps, takes the mean colour of CIFAR-10.
+def displaced(values, operation, strength):
+    """Images N x 3 x H x W sheared from the top left corner, translated or rotated; nearest pixel.
 
-    images N x 3 x H x W float32. Draws from the CPU generator.
+    On the CPU: operation int64 N, positions in GEOMETRY; strength float N.
+    """
+    height, width = values.shape[2:]
+    amounts = torch.zeros(len(GEOMETRY), len(values)).scatter_(0, operation[None], strength[None])
+    shear_x, shear_y, shift_x, shift_y, degrees = amounts
+    cosine, sine = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    # Where the pixel at (x, y), in half images from the centre, comes from: rows of a matrix.
+    rows = torch.stack([cosine, shear_x - sine, shear_x - 2 * shift_x / width,
+                        shear_y + sine, cosine, shear_y - 2 * shift_y / height])
+    a, b, c, d, e, f = common.send(rows.view(6, -1, 1, 1), values.device)
+    x = (2 * torch.arange(width, device=values.device) + 1).view(1, 1, -1) / width - 1
+    y = (2 * torch.arange(height, device=values.device) + 1).view(1, -1, 1) / height - 1
+    grid = torch.stack([a * x + (b * y + c), d * x + (e * y + f)], dim=3)
+    fill = common.send(FILL, values.device)
+    moved = F.grid_sample(values - fill, grid, mode="nearest", padding_mode="zeros",
+                          align_corners=False)
+    return moved + fill
+
+
+def without(name, values):
+    """The image without what an enhancement is of: black, grey, flat grey or blurred inside."""
+    if name == "Brightness":
+        return torch.zeros_like(values)
+    if name == "Sharpness":
+        rows = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
+        squares = rows[:, :, :, :-2] + rows[:, :, :, 1:-1] + rows[:, :, :, 2:]
+        blurred = values.clone()
+        blurred[:, :, 1:-1, 1:-1] = ((squares + 4 * values[:, :, 1:-1, 1:-1]) / 13).round()
+        return blurred
+    red, green, blue = values.split(1, dim=1)
+    grey = (0.2989 * red + 0.587 * green + 0.114 * blue).floor()
+    return grey if name == "Color" else grey.mean((1, 2, 3), keepdim=True)
+
+
+def equalized(values):
+    """Histogram equalisation of each channel, as Pillow does it."""
+    flat = values.flatten(2).long()
+    histogram = torch.zeros(*flat.shape[:2], 256, dtype=torch.long, device=values.device)
+    histogram.scatter_add_(2, flat, torch.ones_like(flat))
+    brightest = histogram.gather(2, flat.amax(2, keepdim=True))
+    step = (flat.shape[2] - brightest) // 255
+    table = (histogram.cumsum(2) - histogram + step // 2) // step.clamp_min(1)
+    return torch.where(step > 0, table.gather(2, flat), flat).view_as(values).float()
+
+
+def cut_out(images, side, generator):
+    """Cutout (DeVries & Taylor 2017): a square, perhaps partly outside, takes CIFAR-10's mean
+    colour.
+
+    images N x 3 x H x W float32, side in pixels. Draws from the CPU generator.
     """
     number, _, height, width = images.shape
-    top = torch.randint(height, (number, 1, 1, 1), generator=generator) - CUTOUT // 2
-    left = torch.randint(width, (number, 1, 1, 1), generator=generator) - CUTOUT // 2
-    inside = common.send(squares(top, left, CUTOUT, height, width), images.device)
-    mean = torch.tensor(common.CIFAR10_MEAN).view(1, 3, 1, 1)
-    return torch.where(inside, common.send(mean, images.device), images)
-
-
-def cut_mix(images, labels, generator):
-    """CutMix (Yun et al. 2019): a square of each image comes from the next one, and so does that share of its label.
-
-    images N x 3 x H x H float32 in random order, labels int64 N. The square covers up to half of the image, evenly
-    distributed: more would be the same with the two images exchanged. Draws from the CPU generator.
-    Returns images of the same shape and the classes' shares, float32 N x 10.
-    """
-    number, _, size, _ = images.shape
-    area, down, right = torch.rand(3, number, 1, 1, 1, generator=generator)
-    side = (size * (area / 2).sqrt()).floor()
-    top, left = (((size - side + 1) * offset).floor() for offset in (down, right))
-    inside = common.send(squares(top, left, side, size, size), images.device)
-    own = F.one_hot(labels, len(common.CLASSES)).float()
-    share = inside.float().mean((2, 3))
-    return torch.where(inside, images.roll(1, 0), images), torch.lerp(own, own.roll(1, 0), share)
-
-
-def cut_and_mix(images, labels, generator):
-    """`cut_mix` for the first CUTMIX of a batch, `cut_out` for the rest. Takes and returns what `cut_mix` does."""
-    mixed = round(CUTMIX * len(images))
-    first, shares = cut_mix(images[:mixed], labels[:mixed], generator)
-    rest = cut_out(images[mixed:], generator)
-    return torch.cat([first, rest]), torch.cat([shares, F.one_hot(labels[mixed:], shares.shape[1])])
-
-
-def squares(top, left, side, height, width):
-    """Which pixels lie in the square of each image: bool N x 1 x height x width. top, left, side broadcast from N x 1 x 1 x 1."""
+    top = torch.randint(height, (number, 1, 1, 1), generator=generator) - side // 2
+    left = torch.randint(width, (number, 1, 1, 1), generator=generator) - side // 2
     rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
-    return (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+    inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+    mean = torch.tensor(common.CIFAR10_MEAN).view(1, 3, 1, 1)
+    inside, mean = common.send(inside, images.device), common.send(mean, images.device)
+    return torch.where(inside, mean, images)
 
 
-def class_scores(model, images, labels, folder, name):
-    """Accuracy, overall and per class, confusion matrix and calibration on one part, with their two figures.
+# ---- Evaluation ----------------------------------------------------------------------------------
 
-    model `frozen`, images uint8, labels int64, name "val" or "test". Returns a dict of plain values.
+
+def class_scores(model, images, labels):
+    """Accuracy, overall and per class, confusion matrix and calibration: a dict of plain values.
+
+    model `frozen`, images uint8, labels int64.
     """
-    logits = common.in_batches(model, common.as_float(images)).cpu()
-    labels = labels.cpu()
+    logits, labels = common.in_batches(model, common.as_float(images)).cpu(), labels.cpu()
     confidence, predicted = logits.softmax(1).max(1)
-    confusion = torch.zeros(10, 10, dtype=torch.long).index_put_((labels, predicted), torch.tensor(1), accumulate=True)
+    pairs = torch.bincount(10 * labels + predicted, minlength=100)
+    confusion = pairs.view(10, 10)  # rows are the true classes
     bins = reliability(confidence, predicted == labels)
-    plot_confusion(folder / f"confusion_{name}.png", confusion.numpy())
-    plot_reliability(folder / f"reliability_{name}.png", bins)
+    per_class = (confusion.diag() / confusion.sum(1)).tolist()
     return {
         "accuracy": common.accuracy(predicted, labels),
         "loss": F.cross_entropy(logits, labels).item(),
-        "accuracy_per_class": dict(zip(common.CLASSES, (confusion.diag() / confusion.sum(1)).tolist())),
+        "accuracy_per_class": dict(zip(common.CLASSES, per_class, strict=True)),
         "confusion": confusion.tolist(),
+        "reliability": bins.tolist(),
         "ece": expected_calibration_error(bins),
     }
 
@@ -190,14 +262,13 @@ def class_scores(model, images, labels, folder, name):
 def reliability(confidence, correct):
     """Calibration by equally wide bins of confidence (Guo et al. 2017).
 
-    confidence float N in [0, 1], correct bool N. Returns an array of CALIBRATION_BINS rows: share of the images
-    in the bin, their mean confidence, their accuracy; zeros for an empty bin.
-    """
+    confidence float N in [0, 1], correct bool N. Returns an array of CALIBRATION_BINS rows: share
+    of the images in the bin, their mean confidence, their accuracy; zeros for an empty bin. """
     number = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
     counts = torch.bincount(number, minlength=CALIBRATION_BINS).double()
-    sums = [torch.zeros(CALIBRATION_BINS, dtype=torch.double).index_add_(0, number, values.double())
-            for values in (confidence, correct)]
-    return torch.stack([counts / len(number), *(total / counts.clamp_min(1) for total in sums)], dim=1).numpy()
+    means = [torch.bincount(number, values.double(), CALIBRATION_BINS) / counts.clamp_min(1)
+             for values in (confidence, correct)]
+    return torch.stack([counts / len(number), *means], dim=1).numpy()
 
 
 def expected_calibration_error(bins):
@@ -206,19 +277,54 @@ def expected_calibration_error(bins):
     return float((share * np.abs(confidence - accuracy)).sum())
 
 
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def draw_curves(folder, history):
+    """Figures 3 and 4: accuracy and loss per epoch."""
+    common.plot_history(folder / "figure03_accuracy.png", history,
+                        {"accuracy": "train (augmented)", "val_accuracy": "validation"}, "accuracy")
+    common.plot_history(folder / "figure04_loss.png", history,
+                        {"loss": "train (augmented, smoothed labels)", "val_loss": "validation"},
+                        "cross-entropy")
+
+
+def draw_scores(folder, scores):
+    """Confusion matrix and reliability diagram of each part. scores: dict from part to
+    class_scores'."""
+    for part, score in scores.items():
+        plot_confusion(folder / f"confusion_{part}.png", np.array(score["confusion"]))
+        plot_reliability(folder / f"reliability_{part}.png", np.array(score["reliability"]))
+
+
+def draw_maps(folder, model, data, seed):
+    """Figures 5 and 6: UMAP fitted on train, and test in that map. Returns the map's SHA-256."""
+    train, test = (common.backbone_features(model, common.as_float(data[part][0]))
+                   for part in ("train", "test"))
+    reducer = common.fit_umap(train, seed)
+    points = reducer.embedding_
+    common.plot_maps(folder / "figure05_umap_train.png",
+                     {"train": (points, data["train"][1])}, points)
+    common.plot_maps(folder / "figure06_umap_test.png",
+                     {"test, in the map of train": (common.map_into(reducer, test),
+                                                    data["test"][1])}, points)
+    return common.sha256(points.tobytes())
+
+
 def plot_reliability(path, bins):
-    """Reliability diagram: accuracy over confidence. On the diagonal the probabilities mean what they say."""
+    """Reliability diagram: accuracy over confidence. On the diagonal the probabilities are true."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4.5))
     axes = figure.subplots()
     share, _, accuracy = bins.T
     centres = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
-    axes.bar(centres, accuracy, 0.9 / CALIBRATION_BINS, color="tab:blue", alpha=0.8, label="accuracy in the bin")
+    axes.bar(centres, accuracy, 0.9 / CALIBRATION_BINS, color="tab:blue", alpha=0.8,
+             label="accuracy in the bin")
     axes.plot([0, 1], [0, 1], "k--", label="perfect calibration")
     axes.plot(centres, share, "o-", color="tab:orange", label="share of images")
-    axes.set(xlabel="confidence", ylabel="accuracy", title=f"ECE {common.percent(expected_calibration_error(bins))}",
-             xlim=(0, 1), ylim=(0, 1))
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1),
+             title=f"ECE {common.percent(expected_calibration_error(bins))}")
     axes.legend()
     common.save_figure(figure, path)
 

@@ -1,13 +1,13 @@
 """Question 3: perturb unseen images, attack the model of question 2, and measure again.
 
-Perturbation: colour jitter, rotation of at most 5 degrees and ten pixels with one channel at full; every image
-draws its own values, and the seed makes them the same images in every question. Attack: the Fast Gradient
-Method in pixel space, with epsilon 8/255 in L-infinity and 0.5 in L2. PGD with 20 steps is the check that
-FGM's number is not an artefact of masked gradients.
+Perturbation: colour jitter, rotation of at most 5 degrees and ten pixels with one channel at full;
+every image draws its own values, and the seed makes them the same images in every question. Attack:
+the Fast Gradient Method in pixel space, with epsilon 8/255 in L-infinity and 0.5 in L2. PGD with 20
+steps is the check that FGM's number is not an artefact of masked gradients.
 
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10
-Writes  results/q3: figure07_examples.png, figure08_umap.png, curves of FGM over epsilon and PGD over steps,
-        metrics.json
+Writes  results/q3: figure07_examples.png, figure08_umap.png, curves of FGM over epsilon and of PGD
+        over steps, metrics.json
 Run     python q3_attack.py
 """
 
@@ -19,59 +19,63 @@ CURVE_EPSILONS = [steps / 255 for steps in range(2, 17, 2)]
 
 
 def main():
-    parser = common.argument_parser(__doc__)
-    common.add_precision_flag(parser)
-    args = common.parse_arguments(parser)
-    folder = args.results / "q3"
+    args = common.parse_arguments(common.argument_parser(__doc__))
+    folder, seconds = args.results / "q3", {}
     split, data = common.load_data(args)
-    network, checkpoint = common.require_model(args, split, "q2")
-    model = common.frozen(network, args.precision)
+    checkpoint = common.require_model(args, split)
+    model = common.frozen(checkpoint["model"], args.precision)
     origin = common.provenance(args, "q3", split, [checkpoint["sha256"]])
-    seconds = {}
+    images, labels = common.as_float(data["test"][0]), data["test"][1]
 
     with common.timed(seconds, "perturb"):
-        images, labels = common.as_float(data["test"][0]), data["test"][1]
         perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
+    common.plot_examples(folder / "figure07_examples.png", model,
+                         images[:EXAMPLES], perturbed[:EXAMPLES], labels[:EXAMPLES])
     with common.timed(seconds, "attack"):
-        measured = common.robustness(model, common.frozen(network), images, perturbed, labels, args.seed)
-    with common.timed(seconds, "curve"):
-        attacks = [("linf", eps) for eps in CURVE_EPSILONS]
-        by_eps = common.fgm_accuracies(model, images[:CURVE_IMAGES], labels[:CURVE_IMAGES], attacks)
-
-    common.plot_examples(folder / "figure07_examples.png", model, images[:EXAMPLES], perturbed[:EXAMPLES], labels[:EXAMPLES])
-    common.plot_lines(folder / "fgm_by_epsilon.png", [0, *(255 * eps for eps in CURVE_EPSILONS)], {"FGM": by_eps},
-                      "epsilon (L-infinity) in 1/255", "accuracy")
-    common.plot_lines(folder / "pgd_by_step.png", range(common.PGD_STEPS + 1), {"PGD": measured["pgd_by_step"]},
-                      "PGD steps", "accuracy")
+        exact = common.frozen(checkpoint["model"])
+        measured = common.robustness(model, exact, images, perturbed, labels, args.seed)
+        by_eps = accuracy_by_epsilon(model, images[:CURVE_IMAGES], labels[:CURVE_IMAGES])
+        draw_curves(folder, by_eps, measured["pgd_by_step"])
     with common.timed(seconds, "umap"):
-        umap_sha256 = draw_umap(folder, model, data, images, perturbed, labels, args.seed)
+        map_sha256 = draw_maps(folder, model, data, images, perturbed, args.seed)
 
+    models = {common.CROSS_ENTROPY: {**measured, "fgm_by_eps": by_eps, "stem": checkpoint["stem"]}}
     common.write_metrics(folder, origin, {
-        **measured,
-        "n_test": len(labels),
-        "epsilon": common.EPSILON,
-        "fgm_by_eps": {"eps": [0, *CURVE_EPSILONS], "accuracy": by_eps, "images": min(CURVE_IMAGES, len(labels))},
-        "umap_sha256": umap_sha256,
-        "seconds": seconds,
+        "models": models, "n_test": len(labels), "epsilon": common.EPSILON,
+        "umap_sha256": map_sha256, "seconds": seconds,
     })
-    common.print_conditions("Question 3: the model of question 2 on unseen images", {"cross-entropy (q2)": measured})
+    common.print_conditions("Question 3: the model of question 2 on unseen images", models)
 
 
-def draw_umap(folder, model, data, images, perturbed, labels, seed):
-    """Figure 8: perturbed and attacked test images in question 2's map. Returns the SHA-256 of that map.
+def accuracy_by_epsilon(model, images, labels):
+    """Accuracy under L-infinity FGM at 0 and at each of CURVE_EPSILONS: a dict of plain values."""
+    attacks = [("linf", eps) for eps in CURVE_EPSILONS]
+    accuracies = common.fgm_accuracies(model, images, labels, attacks)
+    return {"eps": [0, *CURVE_EPSILONS], "accuracy": accuracies, "images": len(images)}
 
-    The map is fitted again from the same features with the same seed: cheaper to trust than a pickled reducer.
+
+def draw_curves(folder, by_eps, by_step):
+    """Accuracy under FGM over epsilon, and under PGD over the number of steps."""
+    common.plot_lines(folder / "fgm_by_epsilon.png", [255 * eps for eps in by_eps["eps"]],
+                      {"FGM": by_eps["accuracy"]}, "epsilon (L-infinity) in 1/255", "accuracy")
+    common.plot_lines(folder / "pgd_by_step.png", range(len(by_step)), {"PGD": by_step},
+                      "PGD steps", "accuracy")
+
+
+def draw_maps(folder, model, data, images, perturbed, seed):
+    """Figure 8: perturbed and attacked test images in question 2's map. Returns that map's SHA-256.
+
+    The map is fitted again, on the same features with the same seed: no pickle has to be trusted.
     """
-    def features(changed):
-        return common.backbone_features(model, changed)
-
-    train = features(common.as_float(data["train"][0]))
-    shifted = features(perturbed)
-    attacked = common.under_fgm(features, model, images, labels)
+    labels = data["test"][1]
+    train = common.backbone_features(model, common.as_float(data["train"][0]))
+    shifted = common.backbone_features(model, perturbed)
+    attacked = common.under_fgm(model.features, model, images, labels)
     reducer = common.fit_umap(train, seed)
-    common.plot_maps(folder / "figure08_umap.png",
-                     {"perturbed test": (common.map_into(reducer, shifted), labels),
-                      "test under FGM, eps = 8/255": (common.map_into(reducer, attacked), labels)}, reducer.embedding_)
+    common.plot_maps(folder / "figure08_umap.png", {
+        "perturbed test": (common.map_into(reducer, shifted), labels),
+        "test under FGM, eps = 8/255": (common.map_into(reducer, attacked), labels),
+    }, reducer.embedding_)
     return common.sha256(reducer.embedding_.tobytes())
 
 

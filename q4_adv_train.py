@@ -1,136 +1,170 @@
-"""Question 4: train on perturbed data, without and with the Fast Gradient Method in the training loop.
+"""Question 4: train on perturbed data, without and with the Fast Gradient Method in the loop.
 
-Two models, both from question 2's weights, so that these epochs come on top of that question's (`--init scratch`: from
-random ones). `perturbed` sees every image with a new perturbation as in question 3 in every epoch;
-`perturbed_fgm_trained` sees such images under attack. Plain FGM training overfits catastrophically: after some epochs
-it resists FGM and nothing else (Wong et al. 2020; Andriushchenko & Flammarion 2020). N-FGSM (de Jorge et al. 2022)
-prevents that at no cost, by uniform noise of twice epsilon before the step and no projection after it. Whether it does
-is shown by PGD-20 accuracy on validation images after every epoch; where that collapses, raise `--noise`.
+Two models, both from question 2's weights, so that these epochs come on top of that question's
+(`--init scratch`: from random ones). `perturbed` sees every image with a new perturbation as in
+question 3 in every epoch; `perturbed_fgm_trained` sees such images under attack. Plain FGM
+training overfits catastrophically: after some epochs it resists FGM and nothing else (Wong et al.
+2020; Andriushchenko & Flammarion 2020). N-FGSM (de Jorge et al. 2022) is meant to prevent that at
+no cost, by uniform noise of twice epsilon before the step and no projection after it. Whether it
+does is shown by PGD-20 accuracy on validation images after every epoch; where that collapses,
+raise `--noise`.
 
-Reaches, in one run of 10 and 16 minutes of training on two cores of a Zen 4 EPYC: `perturbed` 82.79 % on perturbed
-test; `perturbed_fgm_trained` 37.49 % on perturbed test under FGM and 37.26 % on clean test under PGD-20, epsilon 8/255.
-Weights from a long training bear less. From question 2's 150 epochs with `--stem cifar`, `perturbed` reaches 89.77 % at
-a peak rate of 0.005, at which `perturbed_fgm_trained` overfits catastrophically: hence `--lr-perturbed`. At the default
-rate that one did so after 8 of 16 epochs with the default noise; with `--noise 4` it reaches 42.05 and 37.84 %.
+Reaches, in one run of 10 and 16 minutes of training on two cores of a Zen 4 EPYC: `perturbed`
+82.79 % on perturbed test; `perturbed_fgm_trained` 37.49 % on perturbed test under FGM and 37.26 %
+on clean test under PGD-20, epsilon 8/255.
 
-Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 for the comparison, if they are there
+Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 to compare with
 Writes  results/q4: a .pt file per model, figure09 to figure12 for each, metrics.json
 Run     python q4_adv_train.py
 """
 
 import copy
-from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
 
 import common
 
+RECIPES = {  # searched on validation: docs/recipes.md. Both models share all but rate and noise.
+    # lr: of the model trained with FGM; lr_perturbed: of the one without; noise: in epsilons
+    "imagenet": {"epochs": 16, "batch_size": 64, "lr": 0.1, "lr_perturbed": 0.1, "noise": 2.0},
+    "stride2": {"epochs": 16, "batch_size": 64, "lr": 0.1, "lr_perturbed": 0.1, "noise": 2.0},
+    # Weights from 150 epochs bear less: a higher rate undoes them, and 2 epsilons overfit.
+    "cifar": {"epochs": 16, "batch_size": 64, "lr": 0.1, "lr_perturbed": 0.005, "noise": 4.0},
+}
 LABEL_SMOOTHING = 0.1
 PGD_IMAGES = 250  # the first validation images, attacked after every epoch
 
 
 def main():
-    parser = common.argument_parser(__doc__)
-    common.add_training_flags(parser, epochs=16, batch_size=64, lr=0.1, stem="stride2")
+    parser = common.argument_parser(__doc__, RECIPES)
     parser.add_argument("--init", choices=("q2", "scratch"), default="q2",
                         help="first weights: those of question 2's model or random ones (q2)")
-    parser.add_argument("--lr-perturbed", type=common.positive_number,
-                        help="peak learning rate of the model trained without FGM (that of --lr)")
-    parser.add_argument("--noise", type=common.positive_number, default=2.0,
-                        help="noise before the FGM step in training, in epsilons (2); more where val_pgd collapses")
     args = common.parse_arguments(parser)
-    folder = args.results / "q4"
+    folder, seconds = args.results / "q4", {}
     split, data = common.load_data(args)
-    first, parents = first_model(args, split)
-    origin = common.provenance(args, "q4", split, parents)
+    earlier = common.measured_before(args, split)
+    first, stem, parents = first_model(args, split)
+    recipe = common.choose_recipe(args, RECIPES, stem, "q4", split, label_smoothing=LABEL_SMOOTHING,
+                                  eps=common.EPSILON["linf"], first_weights=parents)
+    origin = {**common.provenance(args, "q4", split, parents), "init": args.init}
 
     trained = {}
-    for name, prepare, settings in (
-            ("perturbed", perturb_only, {"lr": args.lr_perturbed or args.lr, "noise": None}),
-            ("perturbed_fgm_trained", perturb_and_attack, {})):
+    for name, title, step, own_recipe in variants(recipe):
         model = copy.deepcopy(first)
-        history = train_on(prepare, name, model, data, Namespace(**{**vars(args), **settings}), split, origin,
-                           folder / f"training_{name}.pt")
-        model_sha256 = common.save_checkpoint(folder / f"{name}.pt", model, stem=args.stem, provenance=origin)
+        history = train_variant(model, step, data, own_recipe, folder / f"training_{name}.pt",
+                                args.fresh)
+        seconds[f"train {name}"] = round(sum(epoch["seconds"] for epoch in history), 2)
+        digest = common.save_checkpoint(folder / f"{name}.pt", model, stem=stem,
+                                        provenance={**origin, "recipe": own_recipe})
         draw_curves(folder, name, history)
-        trained[name] = model, model_sha256, history
+        made = {"file": name, "sha256": digest, "recipe": own_recipe, "history": history}
+        trained[title] = model, made
 
-    # The test images come only now: training needs the memory.
-    images, labels = common.as_float(data["test"][0]), data["test"][1]
+    models = {}
+    images, labels = common.as_float(data["test"][0]), data["test"][1]  # now, to spare memory
     perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
-    results = {}
-    for name, (model, model_sha256, history) in trained.items():
-        seconds = {"train": round(sum(epoch["seconds"] for epoch in history), 2)}
-        with common.timed(seconds, "attack"):
-            measured = common.robustness(common.frozen(model, args.precision), common.frozen(model), images, perturbed,
-                                         labels, args.seed)
-        results[name] = {**measured, "model_sha256": model_sha256, "history": history, "seconds": seconds}
-    del images  # the maps need the memory
-    for name, (model, *_) in trained.items():
-        with common.timed(results[name]["seconds"], "umap"):
-            draw_umap(folder, name, common.frozen(model, args.precision), data, perturbed, args.seed)
+    for title, (model, made) in trained.items():
+        frozen, exact = (common.frozen(model, kind) for kind in (args.precision, "float32"))
+        with common.timed(seconds, f"attack {made['file']}"):
+            measured = common.robustness(frozen, exact, images, perturbed, labels, args.seed)
+        with common.timed(seconds, f"umap {made['file']}"):
+            draw_maps(folder, made["file"], frozen, data, perturbed, args.seed)
+        models[title] = {**made, **measured}
 
-    metrics = {key: {name: result[key] for name, result in results.items()} for key in results["perturbed"]}
-    common.write_metrics(folder, origin, {**metrics, "n_test": len(labels), "epsilon": common.EPSILON})
+    common.write_metrics(folder, origin, {"models": models, "n_test": len(labels),
+                                          "epsilon": common.EPSILON, "seconds": seconds})
     common.print_conditions("Question 4: accuracy on test, compared with questions 2 and 3",
-                            {**common.measured_before(args, split), **common.models_of("q4", metrics)})
+                            {**earlier, **models})
 
 
 def first_model(args, split):
-    """The model that training starts from, and the SHA-256 of its checkpoint in a list, which is empty for random weights."""
-    if args.init == "scratch":
-        torch.manual_seed(args.seed)
-        return common.resnet18(len(common.CLASSES), args.stem).to(args.device), []
-    model, checkpoint = common.require_model(args, split, "q2")
-    if checkpoint["stem"] != args.stem:
-        raise common.UserError(f"question 2's model has the stem {checkpoint['stem']}; give --stem {checkpoint['stem']}, "
-                               "or --init scratch")
-    return model, [checkpoint["sha256"]]
+    """The model that training starts from, its stem, and its checkpoint's SHA-256 in a list.
 
-
-def perturb_only(model, images, labels, noise, generator):
-    """New perturbed versions of clean images; takes the arguments of `perturb_and_attack`, to stand in its place."""
-    return common.perturb(common.crop_and_flip(images, generator), generator)
-
-
-def perturb_and_attack(model, images, labels, noise, generator):
-    """New perturbed versions of clean images, attacked by N-FGSM (de Jorge et al. 2022, algorithm 1).
-
-    Noise uniform within `noise` times eps, one FGM step of eps from there; neither is projected back to eps.
+    The stem is that of question 2's model, so that all can be compared. The list is empty for
+    random weights.
     """
-    eps = common.EPSILON["linf"]
-    images = perturb_only(model, images, labels, noise, generator)
-    start = torch.empty(images.shape).uniform_(-noise * eps, noise * eps, generator=generator)
-    noisy = (images + common.send(start, images.device)).clamp(0, 1).requires_grad_()
-    gradient, = torch.autograd.grad(F.cross_entropy(model(noisy).float(), labels), noisy)
-    return (noisy.detach() + eps * gradient.sign()).clamp(0, 1)
+    checkpoint = common.require_model(args, split)
+    if args.init == "q2":
+        return checkpoint["model"], checkpoint["stem"], [checkpoint["sha256"]]
+    torch.manual_seed(args.seed)
+    model = common.resnet18(len(common.CLASSES), checkpoint["stem"]).to(args.device)
+    return model, checkpoint["stem"], []
 
 
-def train_on(prepare, name, model, data, args, split, origin, state_file):
-    """Train the model in place on the images that `prepare` makes, under noise of `args.noise`; returns the history."""
-    images, labels = data["train"]
-    val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
-    val_images = common.perturbed_images(val_images, "val", args.seed)
+def variants(recipe):
+    """File name, title, training step and recipe of the two models.
 
-    def batches(generator):
-        return common.shuffled_batches(len(images), args.batch_size, generator)
+    The one without FGM has a rate of its own, and neither noise nor epsilon.
+    """
+    shared = {key: value for key, value in recipe.items()
+              if key not in ("lr", "lr_perturbed", "noise", "eps")}
+    return [
+        ("perturbed", "perturbed (q4)", step_on_perturbed,
+         {**shared, "lr": recipe["lr_perturbed"]}),
+        ("perturbed_fgm_trained", "perturbed + FGM (q4)", step_on_attacked,
+         {**shared, "lr": recipe["lr"], "noise": recipe["noise"], "eps": recipe["eps"]}),
+    ]
 
-    def batch_loss(model, indices, generator):
-        target = labels[indices]
-        prepared = prepare(model, common.as_float(images[indices]), target, args.noise, generator)
-        logits = model(prepared).float()
-        return F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING), (logits.argmax(1) == target).sum()
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def train_variant(model, step, data, recipe, state_file, fresh):
+    """Train the model in place on what `step` makes of the images; returns the history.
+
+    After each epoch it is scored on perturbed validation images, the first of them under PGD too.
+    """
+    images, labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
+    images = common.perturbed_images(images, "val", recipe["seed"])
 
     def evaluate(model):
-        model = common.frozen(model, args.precision)
-        pgd = common.pgd_accuracy_by_step(model, val_images[:PGD_IMAGES], val_labels[:PGD_IMAGES],
-                                          common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS)
-        return {**common.validation_scores(model, val_images, val_labels), "val_pgd": pgd[-1]}
+        model = common.frozen(model, recipe["precision"])
+        pgd = common.pgd_accuracy_by_step(model, images[:PGD_IMAGES], labels[:PGD_IMAGES],
+                                          common.EPSILON["linf"], common.PGD_STEP_SIZE,
+                                          common.PGD_STEPS)[-1]
+        return {**common.validation_scores(model, images, labels), "val_pgd": pgd}
 
-    recipe = common.training_recipe(args, f"q4 {name}", split, label_smoothing=LABEL_SMOOTHING, noise=args.noise,
-                                    eps=common.EPSILON["linf"], first_weights=origin["parent_sha256"])
-    return common.train(model, batches, batch_loss, evaluate, args, recipe, state_file)
+    return common.train(model, data["train"], step, common.shuffled_batches, evaluate, recipe,
+                        state_file, fresh)
+
+
+def step_on_perturbed(model, images, labels, generator, recipe):
+    """Loss and number of correct predictions on new perturbed versions of uint8 images."""
+    return loss_and_correct(model, perturbed_versions(images, generator), labels, recipe)
+
+
+def step_on_attacked(model, images, labels, generator, recipe):
+    """The same, with the perturbed versions under N-FGSM."""
+    images = perturbed_versions(images, generator)
+    images = n_fgsm(model, images, labels, recipe["eps"], recipe["noise"], generator)
+    return loss_and_correct(model, images, labels, recipe)
+
+
+def perturbed_versions(images, generator):
+    """Shifted, mirrored and perturbed as in question 3: float32 from uint8 images."""
+    return common.perturb(common.crop_and_flip(common.as_float(images), generator), generator)
+
+
+def n_fgsm(model, images, labels, eps, noise, generator):
+    """Images under N-FGSM (de Jorge et al. 2022, algorithm 1).
+
+    Noise uniform within `noise` times eps, one FGM step of eps from there; neither is projected
+    back. """
+    start = torch.empty(images.shape).uniform_(-noise * eps, noise * eps, generator=generator)
+    noisy = (images + common.send(start, images.device)).clamp(0, 1)
+    _, gradient = common.input_gradient(model, noisy, labels)
+    return common.ascend(noisy, gradient, eps, "linf").clamp(0, 1)
+
+
+def loss_and_correct(model, images, labels, recipe):
+    """Loss and number of correct predictions on images as they are."""
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe["label_smoothing"])
+    return loss, (logits.argmax(1) == labels).sum()
+
+
+# ---- Figures -------------------------------------------------------------------------------------
 
 
 def draw_curves(folder, name, history):
@@ -139,19 +173,22 @@ def draw_curves(folder, name, history):
                         {"accuracy": "train, as trained on", "val_accuracy": "perturbed validation",
                          "val_pgd": "perturbed validation, PGD-20"}, "accuracy")
     common.plot_history(folder / f"figure10_loss_{name}.png", history,
-                        {"loss": "train, as trained on", "val_loss": "perturbed validation"}, "cross-entropy")
+                        {"loss": "train, as trained on", "val_loss": "perturbed validation"},
+                        "cross-entropy")
 
 
-def draw_umap(folder, name, model, data, perturbed_test, seed):
+def draw_maps(folder, name, model, data, perturbed_test, seed):
     """Figures 11 and 12: UMAP fitted on perturbed train, and perturbed test in that map."""
+    perturbed_train = common.perturbed_images(data["train"][0], "train", seed)
     train, test = (common.backbone_features(model, images)
-                   for images in (common.perturbed_images(data["train"][0], "train", seed), perturbed_test))
+                   for images in (perturbed_train, perturbed_test))
     reducer = common.fit_umap(train, seed)
+    points = reducer.embedding_
     common.plot_maps(folder / f"figure11_umap_train_{name}.png",
-                     {"perturbed train": (reducer.embedding_, data["train"][1])}, reducer.embedding_)
+                     {"perturbed train": (points, data["train"][1])}, points)
+    placed = common.map_into(reducer, test), data["test"][1]
     common.plot_maps(folder / f"figure12_umap_test_{name}.png",
-                     {"perturbed test, in the map of train": (common.map_into(reducer, test), data["test"][1])},
-                     reducer.embedding_)
+                     {"perturbed test, in the map of train": placed}, points)
 
 
 if __name__ == "__main__":

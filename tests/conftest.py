@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-# Sums depend on how they are shared out among threads, and some tests compare them bit for bit across processes.
+# Sums depend on how they are shared out among threads, and some tests compare them bit for bit
+# across processes.
 os.environ["OMP_NUM_THREADS"] = "2"
-os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)  # for the scripts that tests start
+os.environ["PYTHONPATH"] = str(
+    Path(__file__).resolve().parent.parent
+)  # for the scripts that tests start
 
 import pytest  # noqa: E402  (the lines above must come before torch is imported)
 import torch  # noqa: E402
@@ -21,10 +24,11 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def cifar10(tmp_path_factory):
-    """Folder with a synthetic CIFAR-10, which the scripts accept for as long as the session lasts."""
+    """Folder with a synthetic CIFAR-10, which common.load_cifar10 takes for the published one."""
     root = tmp_path_factory.mktemp("data")
+    helpers.write_synthetic_cifar10(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SYNTHETIC_CIFAR10_SHA256", helpers.write_synthetic_cifar10(root))
+        helpers.accept_as_published(patch, root)
         yield root
 
 
@@ -36,17 +40,24 @@ def loaded(cifar10):
 
 @pytest.fixture(scope="session")
 def quick_run(cifar10, tmp_path_factory):
-    """All scripts once with --quick: `results`, their folder, and `finished`, a CompletedProcess by question."""
+    """All scripts once with --quick: `results`, their folder, and `finished`, a CompletedProcess by
+    question."""
     results = tmp_path_factory.mktemp("quick") / "results"
-    commands = {question: helpers.quick_script(question, cifar10, results) for question in helpers.SCRIPTS}
+    commands = {
+        question: helpers.quick_script(question, cifar10, results) for question in helpers.SCRIPTS
+    }
     commands["report"] = helpers.script("report.py", "--quick", "--results", results)
-    finished = {name: subprocess.run(command, capture_output=True, text=True) for name, command in commands.items()}
+    finished = {
+        name: subprocess.run(command, capture_output=True, text=True)
+        for name, command in commands.items()
+    }
     return SimpleNamespace(results=results, finished=finished)
 
 
 @pytest.fixture
 def error_line(monkeypatch, capsys):
-    """Function that runs a script's main() for a user's mistake and returns the one line it leaves on stderr."""
+    """Function that runs a script's main() for a user's mistake and returns the one line it leaves
+    on stderr."""
 
     def run(main, *flags):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])

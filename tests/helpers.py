@@ -14,65 +14,138 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import common
+import launch
+import q1_split
+import q2_train_ce
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"q1": "q1_split.py", "q2": "q2_train_ce.py", "q3": "q3_attack.py", "q4": "q4_adv_train.py", "q6": "q6_angular.py"}
+SCRIPTS = {
+    "q1": "q1_split.py",
+    "q2": "q2_train_ce.py",
+    "q3": "q3_attack.py",
+    "q4": "q4_adv_train.py",
+    "q6": "q6_angular.py",
+}
 # The imagenet stem does a quarter of the default's work, which is what counts in a suite.
-TRAINING_FLAGS = {"q2": ["--stem", "imagenet"], "q4": ["--stem", "imagenet"], "q6": ["--stem", "imagenet", "--init", "scratch"]}
+TRAINING_FLAGS = {"q2": ["--stem", "imagenet"], "q4": [], "q6": ["--init", "scratch"]}
 
 
 # ---- Data --------------------------------------------------------------------------------------
 
 
 def write_synthetic_cifar10(root, per_file=10_000):
-    """CIFAR-10's seven files under `root`: noise and over it, faintly, a coarse picture per class.
-
-    Returns the SHA-256 that common.py wants to hear before it opens them.
-    """
+    """CIFAR-10's files under `root`: noise and over it, faintly, a coarse picture per class."""
     rng = np.random.default_rng(0)
-    pictures = np.kron(rng.integers(-16, 17, (10, 3, 4, 4), np.int16), np.ones((8, 8), np.int16)).reshape(10, 3072)
+    pictures = np.kron(
+        rng.integers(-16, 17, (10, 3, 4, 4), np.int16), np.ones((8, 8), np.int16)
+    ).reshape(10, 3072)
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     batches = {f"data_batch_{number}": f"training batch {number} of 5" for number in range(1, 6)}
     for name, title in {**batches, "test_batch": "testing batch 1 of 1"}.items():
         labels = rng.permutation(np.arange(per_file) % 10)
-        noise = np.frombuffer(rng.bytes(per_file * 3072), np.uint8).reshape(per_file, 3072) // 2 + 64
-        content = {"batch_label": title, "labels": labels.tolist(), "data": (noise + pictures[labels]).astype(np.uint8),
-                   "filenames": [f"synthetic_{number:05}.png" for number in range(per_file)]}
+        noise = (
+            np.frombuffer(rng.bytes(per_file * 3072), np.uint8).reshape(per_file, 3072) // 2 + 64
+        )
+        content = {
+            "batch_label": title,
+            "labels": labels.tolist(),
+            "data": (noise + pictures[labels]).astype(np.uint8),
+            "filenames": [f"synthetic_{number:05}.png" for number in range(per_file)],
+        }
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    meta = {"num_cases_per_batch": per_file, "label_names": list(common.CLASSES), "num_vis": 3072}
-    (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
-    return common.sha256(*((folder / name).read_bytes() for name in [*batches, "test_batch", "batches.meta"]))
+
+
+def accept_as_published(patch, root):
+    """Let torchvision and load_cifar10 take these files for the published ones. patch: a
+    MonkeyPatch."""
+    for kind, names in launch.accept(root).items():
+        patch.setattr(torchvision.datasets.CIFAR10, kind, names)
 
 
 def tiny_data():
     """Parts of 160, 40 and 40 random images in the form of common.load_data."""
     rng = torch.Generator().manual_seed(0)
-    return {name: (torch.randint(0, 256, (number, 3, 32, 32), generator=rng).byte(), torch.arange(number) % 10)
-            for name, number in (("train", 160), ("val", 40), ("test", 40))}
+    return {
+        name: (
+            torch.randint(0, 256, (number, 3, 32, 32), generator=rng).byte(),
+            torch.arange(number) % 10,
+        )
+        for name, number in (("train", 160), ("val", 40), ("test", 40))
+    }
 
 
 def tiny_args(**changes):
-    """Flags of a training that takes seconds, as common.parse_arguments returns them."""
-    flags = {"epochs": 2, "batch_size": 40, "lr": 0.05, "stem": "imagenet", "precision": "float32", "seed": 0,
-             "device": "cpu", "fresh": False, "quick": True, "noise": 2.0}
+    """Flags as common.parse_arguments returns them, for folders that a test makes."""
+    flags = {
+        "data": Path("data"),
+        "results": Path("results"),
+        "seed": 0,
+        "device": "cpu",
+        "precision": "float32",
+        "quick": True,
+        "fresh": False,
+        "init": "q2",
+    }
     return SimpleNamespace(**{**flags, **changes})
 
 
+def tiny_recipe(**changes):
+    """What common.choose_recipe returns for a training that takes seconds, with what any question
+    needs."""
+    return {
+        "question": "test",
+        "stem": "imagenet",
+        "epochs": 2,
+        "batch_size": 40,
+        "lr": 0.05,
+        "trivial_augment": True,
+        "cutout": 12,
+        "label_smoothing": 0.1,
+        "noise": 2.0,
+        "eps": common.EPSILON["linf"],
+        "alpha": 40,
+        **common.OPTIMIZER,
+        "seed": 0,
+        "precision": "float32",
+        "device": "cpu",
+        "split_sha256": "tiny",
+        **changes,
+    }
+
+
 def tiny_split():
-    """Arguments of common.save_split for a valid quick split of 20, 10 and 10 images."""
-    train, val, test = np.split(np.random.default_rng(0).permutation(common.NUM_IMAGES)[:40], [20, 30])
-    return {"train": train, "val": val, "test": test, "protocol": "pooled", "seed": 0, "quick": True}
+    """Arguments of q1_split.save_split for a valid quick split of 20, 10 and 10 images."""
+    train, val, test = np.split(
+        np.random.default_rng(0).permutation(common.NUM_IMAGES)[:40], [20, 30]
+    )
+    return {
+        "train": train,
+        "val": val,
+        "test": test,
+        "protocol": "pooled",
+        "seed": 0,
+        "quick": True,
+    }
 
 
 def small_checkpoint(**changes):
-    """Content of a checkpoint whose tensors are views of single zeros: valid, but 40 kB instead of 45 MB."""
-    weights = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-               for name, tensor in common.resnet18(10, "imagenet").state_dict().items()}
-    return {"stem": "imagenet", "num_outputs": 10, "weights": weights,
-            "provenance": {"question": "q2", "split_sha256": "0" * 64}, **changes}
+    """Content of a checkpoint whose tensors are views of single zeros: valid, but 40 kB instead of
+    45 MB."""
+    weights = {
+        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in common.resnet18(10, "imagenet").state_dict().items()
+    }
+    return {
+        "stem": "imagenet",
+        "num_outputs": 10,
+        "weights": weights,
+        "provenance": {"question": "q2", "split_sha256": "0" * 64},
+        **changes,
+    }
 
 
 def torch_bytes(content):
@@ -100,23 +173,52 @@ def script(name, *flags):
 
 
 def quick_script(question, data, results):
-    """Command line of a question's quick run."""
-    return script(SCRIPTS[question], "--quick", "--device", "cpu", "--data", data, "--results", results,
-                  *TRAINING_FLAGS.get(question, []))
+    """Command line of a question's quick run on synthetic data."""
+    return script(
+        "tests/launch.py", data, ROOT / SCRIPTS[question], *quick_flags(question, data, results)
+    )
+
+
+def quick_flags(question, data, results):
+    return [
+        str(word)
+        for word in (
+            "--quick",
+            "--device",
+            "cpu",
+            "--precision",
+            "float32",
+            "--data",
+            data,
+            "--results",
+            results,
+            *TRAINING_FLAGS.get(question, []),
+        )
+    ]
 
 
 def send_signal(command, number, delay, after=""):
-    """Start a command and send it a signal `delay` seconds after its first stderr line that begins with `after`.
+    """Start a command and send it a signal `delay` seconds after its first stderr line that begins
+    with `after`.
 
     Returns its exit status and all of its stderr.
     """
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a suite in the background ignores it
     )
     with process:
         seen = []
-        while after and not (seen and seen[-1].startswith(after)) and (line := process.stderr.readline()):
+        while (
+            after
+            and not (seen and seen[-1].startswith(after))
+            and (line := process.stderr.readline())
+        ):
             seen.append(line)
         time.sleep(delay)
         process.send_signal(number)
@@ -128,7 +230,9 @@ def send_signal(command, number, delay, after=""):
 
 
 def without_seconds(history):
-    return [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in history]
+    return [
+        {name: value for name, value in epoch.items() if name != "seconds"} for epoch in history
+    ]
 
 
 def assert_same_bits(found, expected):
@@ -141,14 +245,15 @@ def assert_same_bits(found, expected):
             assert_same_bits(found[name], value)
     elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected)
-        for pair in zip(found, expected):
+        for pair in zip(found, expected, strict=True):
             assert_same_bits(*pair)
     else:
         assert found == expected
 
 
 def assert_same_training(found_file, expected_file):
-    """Two training states agree bit for bit in weights, optimizer and history, except for the time taken."""
+    """Two training states agree bit for bit in weights, optimizer and history, except for the time
+    taken."""
     found, expected = (torch.load(path, weights_only=True) for path in (found_file, expected_file))
     for state in (found, expected):
         state["history"] = without_seconds(state["history"])
@@ -156,12 +261,13 @@ def assert_same_training(found_file, expected_file):
 
 
 # ---- Fuzzing -----------------------------------------------------------------------------------
-# Each target writes a small valid file and returns its path and a function that reads it as the scripts do.
+# Each target writes a small valid file and returns its path and a function that reads it as the
+# scripts do.
 
 
 def split_target(folder):
     path = folder / "q1" / "split.npz"
-    common.save_split(path, **tiny_split())
+    q1_split.save_split(path, **tiny_split())
     return path, lambda: common.load_split(path)["sha256"]
 
 
@@ -171,8 +277,11 @@ def checkpoint_target(folder):
 
     def read():
         checkpoint = common.read_checkpoint(path)
-        total = sum(float(tensor.double().abs().sum()) for tensor in checkpoint["weights"].values())
-        return checkpoint["stem"], checkpoint["num_outputs"], checkpoint["provenance"], total
+        total = sum(
+            float(tensor.double().abs().sum())
+            for tensor in checkpoint["model"].state_dict().values()
+        )
+        return checkpoint["stem"], checkpoint["provenance"], total
 
     return path, read
 
@@ -195,50 +304,48 @@ def linear_problem():
     return torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 
 
-def train_linear(model, state_file, batch_loss=None, evaluate=None, **changes):
+def train_linear(model, state_file, step=None, evaluate=None, **changes):
     """common.train on `linear_problem`: three steps per epoch."""
-    points, labels = linear_problem()
 
-    def cross_entropy(model, indices, generator):
-        return F.cross_entropy(model(points[indices]), labels[indices]), torch.tensor(0)
+    def cross_entropy(model, points, labels, generator, recipe):
+        return F.cross_entropy(model(points), labels), torch.tensor(0)
 
-    return common.train(model, lambda generator: common.shuffled_batches(12, 4, generator), batch_loss or cross_entropy,
-                        evaluate or (lambda model: {"val_accuracy": 0.5}), tiny_args(**changes), {"of": "a test"}, state_file)
-
-
-def metrics_target(folder):
-    measured = {"accuracy": dict.fromkeys(common.CONDITIONS, 0.5), "warnings": ["Too good to be true."]}
-    metrics = {key: {name: measured[key] for name in ("perturbed", "perturbed_fgm_trained")} for key in measured}
-    common.write_metrics(folder / "q4", {"split_sha256": "0" * 64}, metrics)
-
-    def read():
-        models = common.measured_before(tiny_args(results=folder), {"sha256": "0" * 64})
-        common.print_conditions("Question 4", models)
-        return models
-
-    return folder / "q4" / "metrics.json", read
+    return common.train(
+        model,
+        linear_problem(),
+        step or cross_entropy,
+        common.shuffled_batches,
+        evaluate or (lambda model: {"val_accuracy": 0.5}),
+        tiny_recipe(batch_size=4, **changes),
+        state_file,
+    )
 
 
 def data_target(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SYNTHETIC_CIFAR10_SHA256", write_synthetic_cifar10(folder, per_file=20))
-        sound = common._cifar10_dataset(folder)
+    write_synthetic_cifar10(folder, per_file=20)
+    sound = launch.accept(folder)
 
     def read():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common, "_cifar10_dataset", lambda root: sound)  # with the checksums of the sound files
+            for kind, names in sound.items():
+                patch.setattr(torchvision.datasets.CIFAR10, kind, names)
             images, labels = common.load_cifar10(folder)
         return images.tolist(), labels.tolist()
 
-    return folder / sound.base_folder / "data_batch_3", read
+    return folder / "cifar-10-batches-py" / "data_batch_3", read
 
 
-FUZZ_TARGETS = {"split": split_target, "checkpoint": checkpoint_target, "training state": state_target,
-                "metrics": metrics_target, "data": data_target}
+FUZZ_TARGETS = {
+    "split": split_target,
+    "checkpoint": checkpoint_target,
+    "training state": state_target,
+    "data": data_target,
+}
 
 
 def assert_survives_fuzzing(target, folder, number, seed):
-    """Each of `number` mutations of the target's file ends in a UserError or in what the sound file holds."""
+    """Each of `number` mutations of the target's file ends in a UserError or in what the sound file
+    holds."""
     path, read = FUZZ_TARGETS[target](folder)
     content, expected = path.read_bytes(), read()
     rng = random.Random(seed)
@@ -249,33 +356,59 @@ def assert_survives_fuzzing(target, folder, number, seed):
         except common.UserError as error:
             assert "\n" not in str(error)
         else:
-            assert found == expected, f"mutation {attempt} of the {target} was read as if it were sound"
+            assert found == expected, (
+                f"mutation {attempt} of the {target} was read as if it were sound"
+            )
 
 
 def assert_flags_survive_fuzzing(monkeypatch, folder, number, seed):
-    """Each of `number` command lines with mutated values ends in one line and status 2, or in values of their kind."""
+    """Each of `number` command lines with mutated values ends in one line and status 2, or in
+    values of their kind."""
     rng = random.Random(seed)
-    sound = {"--seed": "3", "--epochs": "12", "--batch-size": "64", "--lr": "0.1", "--stem": "cifar", "--precision": "float32",
-             "--device": "cpu"}
+    sound = {
+        "--seed": "3",
+        "--epochs": "12",
+        "--batch-size": "64",
+        "--lr": "0.1",
+        "--stem": "cifar",
+        "--precision": "float32",
+        "--device": "cpu",
+    }
     for _ in range(number):
-        words = [word for flag in rng.sample(list(sound), 2)
-                 for word in (flag, mutated(sound[flag].encode(), rng).decode("utf-8", "replace"))]
+        words = [
+            word
+            for flag in rng.sample(list(sound), 2)
+            for word in (flag, mutated(sound[flag].encode(), rng).decode("utf-8", "replace"))
+        ]
         monkeypatch.setattr(sys, "argv", ["script.py", "--results", str(folder), *words])
-        parser = common.argument_parser("A script.")
-        common.add_training_flags(parser, epochs=1, batch_size=2, lr=0.1, stem="stride2")
+        parser = common.argument_parser("A script.", q2_train_ce.RECIPES)
+        parser.add_argument("--stem", choices=common.STEMS, default="stride2")
         try:
             args = common.parse_arguments(parser)
+            recipe = common.choose_recipe(
+                args, q2_train_ce.RECIPES, args.stem, "q2", {"sha256": "tiny"}
+            )
         except common.UserError as error:
             assert "\n" not in str(error)
         except SystemExit as end:
             assert end.code == 2, words
         else:
-            assert args.seed >= 0 and args.epochs >= 1 and args.batch_size >= 2 and 0 < args.lr < float("inf"), words
-            assert args.stem in common.STEMS and args.precision in ("float32", "bfloat16") and args.device == "cpu", words
+            assert (
+                args.seed >= 0
+                and recipe["epochs"] >= 1
+                and recipe["batch_size"] >= 1
+                and 0 < recipe["lr"] < float("inf")
+            ), words
+            assert (
+                recipe["stem"] in common.STEMS
+                and recipe["precision"] in ("float32", "bfloat16")
+                and recipe["device"] == "cpu"
+            ), words
 
 
 def mutated(content, rng):
-    """Bytes with one random change: most often a flipped bit, else a cut end, or bytes put in or left out."""
+    """Bytes with one random change: most often a flipped bit, else a cut end, or bytes put in or
+    left out."""
     content = bytearray(content)
     place = rng.randrange(len(content))
     kind = rng.choice(("flip", "flip", "flip", "cut", "insert", "remove"))
@@ -286,5 +419,5 @@ def mutated(content, rng):
     elif kind == "insert":
         content[place:place] = rng.randbytes(rng.randint(1, 20))
     else:
-        del content[place:place + rng.randint(1, 20)]
+        del content[place : place + rng.randint(1, 20)]
     return bytes(content)

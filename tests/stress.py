@@ -11,7 +11,11 @@ import pytest
 import common
 import helpers
 
-MODELS = {"q2": ["model.pt"], "q4": ["perturbed.pt", "perturbed_fgm_trained.pt"], "q6": ["model.pt"]}
+MODELS = {
+    "q2": ["model.pt"],
+    "q4": ["perturbed.pt", "perturbed_fgm_trained.pt"],
+    "q6": ["model.pt"],
+}
 
 
 @pytest.mark.parametrize("question", MODELS)
@@ -26,13 +30,18 @@ def test_a_script_killed_ten_times_ends_with_the_same_weights(cifar10, tmp_path,
 
     rng = random.Random(question)
     command = helpers.quick_script(question, cifar10, killed)
-    statuses = [helpers.send_signal(command, signal.SIGKILL, rng.uniform(0, seconds))[0] for _ in range(10)]
+    statuses = [
+        helpers.send_signal(command, signal.SIGKILL, rng.uniform(0, seconds))[0] for _ in range(10)
+    ]
     assert set(statuses) <= {-signal.SIGKILL, 0}  # 0: it ended before
     assert statuses.count(-signal.SIGKILL) >= 5
     subprocess.run(command, check=True)
 
     for name in MODELS[question]:
-        found, expected = (common.read_checkpoint(results / question / name)["weights"] for results in (killed, whole))
+        found, expected = (
+            common.read_checkpoint(results / question / name)["weights"]
+            for results in (killed, whole)
+        )
         helpers.assert_same_bits(found, expected)
     assert not list(killed.rglob("*.part"))
 

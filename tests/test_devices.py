@@ -1,42 +1,257 @@
-"""What a GPU would refuse or have to wait for, shown without one."""
+"""What a GPU would refuse, wait for or round, shown without one."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.utils import accuracy_calculator
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
+import helpers
 import q2_train_ce
+import q3_attack
 import q4_adv_train
-
+import q6_angular
 
 COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy)
 
 
+def tensors_of(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 class OneDevicePerOperation(TorchDispatchMode):
-    """Fail where an operation other than a copy takes tensors of two devices; numbers (no dimensions) may go along."""
+    """Fail where an operation takes tensors of two devices; numbers (no dimensions) may go along.
+
+    That forbids copies from the CPU, too: a GPU waits for one that does not go through common.send.
+    """
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()}
-        assert len(devices) < 2 or operation.overloadpacket in COPIES, f"{operation} takes tensors of {devices}"
-        return operation(*args, **(kwargs or {}))
+        found = operation(*args, **(kwargs or {}))
+        given = tensors_of((args, kwargs))
+        if operation.overloadpacket in COPIES:
+            given += tensors_of(found)
+        devices = {tensor.device for tensor in given if tensor.dim()}
+        assert len(devices) < 2, f"{operation} takes tensors of {devices}"
+        return found
 
 
-def network():
-    return common.resnet18(10, "imagenet").to("meta")
+class NoTensorsFromNumbers(TorchFunctionMode):
+    """Fail where numbers in main memory become a tensor elsewhere, which is a copy, too."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        device = torch.device((kwargs or {}).get("device") or "cpu")
+        assert function is not torch.tensor or device.type == "cpu", "numbers are copied to a GPU"
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("prepare", [
-    lambda images, labels, generator: common.crop_and_flip(images, generator),
-    lambda images, labels, generator: q2_train_ce.trivial_augment(images.to(torch.uint8), generator),
-    lambda images, labels, generator: q2_train_ce.cut_out(images, generator),
-    lambda images, labels, generator: q2_train_ce.cut_and_mix(images, labels, generator)[0],
-    lambda images, labels, generator: q4_adv_train.perturb_only(None, images, labels, None, generator),
-    lambda images, labels, generator: q4_adv_train.perturb_and_attack(network(), images, labels, 2, generator),
-], ids=["crop and flip", "trivial augment", "cutout", "cutmix", "perturb", "perturb and attack"])
-def test_training_images_are_made_on_their_device_without_waiting_for_it(prepare):
-    images = torch.empty(20, 3, 32, 32, device="meta")  # a device whose numbers cannot be read back at all
-    labels = torch.empty(20, dtype=torch.long, device="meta")
-    with OneDevicePerOperation():
-        made = prepare(images, labels, torch.Generator().manual_seed(0))
+class NoFloat64(TorchDispatchMode):
+    """Fail where an operation gives float64, which Apple's GPUs lack."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        doubles = [tensor for tensor in tensors_of(found) if tensor.dtype == torch.float64]
+        assert not any(tensor.dim() for tensor in doubles), operation  # numbers stay on the CPU
+        return found
+
+
+def network(device="cpu", precision="float32"):
+    torch.manual_seed(0)
+    model = common.resnet18(10, "imagenet").to(device)
+    model.precision = precision
+    return model
+
+
+# ---- Copies and waits --------------------------------------------------------------------------
+
+FAR_NETWORK = network("meta")
+PREPARATIONS = {
+    "crop and flip": common.crop_and_flip,
+    "trivial augment": lambda images, generator: q2_train_ce.trivial_augment(
+        images.to(torch.uint8), generator
+    ),
+    "cutout": lambda images, generator: q2_train_ce.cut_out(images, 12, generator),
+    "perturb": common.perturb,
+    "noise": lambda images, generator: common.random_noise(images, 0.1, generator),
+    "attack": lambda images, generator: q4_adv_train.n_fgsm(
+        FAR_NETWORK, images, torch.empty(20, dtype=torch.long, device="meta"), 0.1, 2, generator
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREPARATIONS)
+def test_training_images_are_made_on_their_device_without_waiting_for_it(monkeypatch, name):
+    # The meta device's numbers cannot be read back at all.
+    monkeypatch.setattr(
+        common, "send", lambda tensor, device: torch.empty_like(tensor, device=device)
+    )
+    images = torch.empty(20, 3, 32, 32, device="meta")
+    with NoTensorsFromNumbers(), OneDevicePerOperation():
+        made = PREPARATIONS[name](images, torch.Generator().manual_seed(0))
     assert made.device == images.device and made.shape == images.shape
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda images: images + torch.ones(3, 1, 1),
+        lambda images: images + torch.ones(3, 1, 1).to("meta"),
+        lambda images: images + torch.tensor([1.0, 2.0, 3.0], device="meta").view(3, 1, 1),
+    ],
+    ids=["CPU tensor", "copy", "numbers"],
+)
+def test_what_would_make_a_gpu_wait_is_noticed(wrong):
+    with (
+        pytest.raises((AssertionError, RuntimeError)),
+        NoTensorsFromNumbers(),
+        OneDevicePerOperation(),
+    ):
+        wrong(torch.empty(20, 3, 32, 32, device="meta"))
+
+
+# ---- float64 -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Images, their perturbed versions and labels of a tiny test part."""
+    images, labels = helpers.tiny_data()["test"]
+    return common.as_float(images), common.perturbed_images(images, "test", 0), labels
+
+
+def test_training_needs_no_float64(tmp_path):
+    data, recipe = helpers.tiny_data(), helpers.tiny_recipe(epochs=1)
+    with NoFloat64():
+        for step in (q4_adv_train.step_on_perturbed, q4_adv_train.step_on_attacked):
+            model = common.resnet18(10, "imagenet")
+            q4_adv_train.train_variant(model, step, data, recipe, tmp_path / "state.pt", fresh=True)
+        model = common.resnet18(q6_angular.EMBEDDING, "imagenet")
+        q6_angular.train_embedding(model, data, recipe, tmp_path / "state.pt", fresh=True)
+
+
+def test_question_2_needs_no_float64(tmp_path):
+    recipe = helpers.tiny_recipe(epochs=1)
+    with NoFloat64():
+        q2_train_ce.train_classifier(helpers.tiny_data(), recipe, tmp_path / "state.pt", fresh=True)
+
+
+def test_evaluation_and_attacks_need_no_float64(parts):
+    images, perturbed, labels = parts
+    with NoFloat64():
+        model = common.frozen(network("cpu"))
+        common.robustness(model, model, images, perturbed, labels, 0)
+        q3_attack.accuracy_by_epsilon(model, images, labels)
+        common.backbone_features(model, images)
+        train = F.normalize(torch.randn(60, 10))
+        loss = q6_angular.soft_knn_loss(train, torch.arange(60) % 10)
+        decide = q6_angular.knn_decision(train, torch.arange(60) % 10)
+        common.robustness(model, model, images, perturbed, labels, 0, loss, decide)
+
+
+def test_retrieval_is_scored_on_the_cpu(monkeypatch):
+    """The library's calculator makes float64 of the tensors that it is given."""
+
+    class Noted(accuracy_calculator.AccuracyCalculator):
+        def __init__(self, **options):
+            seen.append(options["device"].type)
+            super().__init__(**options)
+
+    class OnAGpu(torch.Tensor):
+        """Stands for a tensor elsewhere: only cpu() brings it here."""
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    seen = []
+    monkeypatch.setattr(accuracy_calculator, "AccuracyCalculator", Noted)
+    original = common.nearest_neighbours
+
+    def noted(queries, k, reference):
+        seen.append(type(queries) is type(reference) is torch.Tensor)
+        return original(queries, k, reference)
+
+    monkeypatch.setattr(common, "nearest_neighbours", noted)
+    embeddings, labels = F.normalize(torch.randn(40, 4)), torch.arange(40) % 4
+    given = [tensor.as_subclass(OnAGpu) for tensor in (embeddings, labels)]
+    q6_angular.retrieval_quality(*given, *given)
+    assert seen == ["cpu", True]
+
+
+# ---- bfloat16 and TF32 -------------------------------------------------------------------------
+
+
+def test_perturb_is_the_same_inside_a_callers_autocast(parts):
+    images = parts[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = common.perturb(images, torch.Generator().manual_seed(0))
+    assert torch.equal(found, common.perturb(images, torch.Generator().manual_seed(0)))
+
+
+def test_training_in_bfloat16_sees_the_images_of_float32_and_loses_in_float32(monkeypatch):
+    """Autocast covers the network's forward pass and nothing else."""
+    seen = {}
+
+    def noted(model, images, labels, recipe):
+        logits = model(images)
+        seen[model.precision].append((images, logits.dtype, images.dtype))
+        return F.cross_entropy(logits, labels), 0
+
+    monkeypatch.setattr(q4_adv_train, "loss_and_correct", noted)
+    images, labels = helpers.tiny_data()["val"]
+    for precision in ("float32", "bfloat16"):
+        seen[precision] = []
+        model = network("cpu", precision)
+        generator = torch.Generator().manual_seed(0)
+        q4_adv_train.step_on_perturbed(model, images, labels, generator, helpers.tiny_recipe())
+    (exact, *_), (rounded, *dtypes) = seen["float32"][0], seen["bfloat16"][0]
+    assert torch.equal(exact, rounded) and dtypes == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize(
+    "script, step, outputs",
+    [
+        (q2_train_ce, "training_step", 10),
+        (q4_adv_train, "step_on_attacked", 10),
+        (q6_angular, "training_step", 128),
+    ],
+)
+def test_a_step_in_bfloat16_has_float32_outputs_loss_and_gradients(script, step, outputs):
+    images, labels = helpers.tiny_data()["val"]
+    torch.manual_seed(0)
+    model = common.resnet18(outputs, "imagenet")
+    model.precision = "bfloat16"
+    inside, given = [], []
+    model.backbone.layer1.register_forward_hook(lambda *call: inside.append(call[2].dtype))
+    model.register_forward_hook(lambda *call: given.append(call[2].dtype))
+    with NoAutocastOutside():
+        loss, _ = getattr(script, step)(
+            model, images, labels, torch.Generator().manual_seed(0), helpers.tiny_recipe()
+        )
+    loss.backward()
+    assert set(inside) == {torch.bfloat16} and set(given) == {torch.float32}
+    assert loss.dtype == torch.float32
+    assert all(weight.grad.dtype == torch.float32 for weight in model.parameters())
+
+
+class NoAutocastOutside(TorchFunctionMode):
+    """Fail where a matrix product other than a network's takes or gives bfloat16."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm):
+            assert found.dtype == torch.float32, function
+        return found
+
+
+def test_float32_is_not_tf32_once_the_flags_are_read(monkeypatch, tmp_path):
+    before = torch.backends.fp32_precision
+    monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path)])
+    try:
+        torch.backends.fp32_precision = "tf32"
+        common.parse_arguments(common.argument_parser("A script."))
+        for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
+            assert backend.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before

@@ -1,4 +1,5 @@
-"""Bad input of every kind: one line that begins with "error: ", exit status 2, and nothing executed or lost."""
+"""Bad input of every kind: one line that begins with "error: ", exit status 2, and nothing executed
+or lost."""
 
 import contextlib
 import errno
@@ -36,15 +37,30 @@ def no_network(monkeypatch, tmp_path):
 @pytest.fixture
 def random_images(monkeypatch):
     """60,000 images that need no file: the same noise again and again."""
-    noise = torch.randint(0, 256, (100, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    monkeypatch.setattr(common, "load_cifar10", lambda root: (noise.repeat(600, 1, 1, 1), torch.arange(60_000) % 10))
+    noise = torch.randint(
+        0, 256, (100, 3, 32, 32), generator=torch.Generator().manual_seed(0)
+    ).byte()
+    monkeypatch.setattr(
+        common, "load_cifar10", lambda root: (noise.repeat(600, 1, 1, 1), torch.arange(60_000) % 10)
+    )
 
 
 @pytest.fixture
 def split(tmp_path):
     """A quick split in tmp_path/q1, read back."""
-    common.save_split(tmp_path / "q1" / "split.npz", **helpers.tiny_split())
+    q1_split.save_split(tmp_path / "q1" / "split.npz", **helpers.tiny_split())
     return common.load_split(tmp_path / "q1" / "split.npz")
+
+
+@pytest.fixture
+def question_2(tmp_path, split):
+    """A checkpoint of question 2 for that split, in its place."""
+    origin = {"question": "q2", "split_sha256": split["sha256"]}
+    common.write_file(
+        tmp_path / "q2" / "model.pt",
+        helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)),
+    )
+    return tmp_path / "q2" / "model.pt"
 
 
 def one_line(error):
@@ -54,24 +70,27 @@ def one_line(error):
 # ---- Flags -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script, flags, named", [
-    (q1_split, ["--protocol", "random"], "--protocol"),
-    (q1_split, ["--seed", "-1"], "--seed"),
-    (q1_split, ["--seed", "1e3"], "--seed"),
-    (q1_split, ["--device", "tpu"], "--device"),
-    (q2_train_ce, ["--epochs", "0"], "--epochs"),
-    (q2_train_ce, ["--epochs", "many"], "--epochs"),
-    (q2_train_ce, ["--batch-size", "-5"], "--batch-size"),
-    (q2_train_ce, ["--lr", "nan"], "--lr"),
-    (q2_train_ce, ["--lr", "0"], "--lr"),
-    (q2_train_ce, ["--lr", "inf"], "--lr"),
-    (q4_adv_train, ["--stem", "vgg"], "--stem"),
-    (q4_adv_train, ["--lr-perturbed", "0"], "--lr-perturbed"),
-    (q4_adv_train, ["--noise", "0"], "--noise"),
-    (q6_angular, ["--precision", "int8"], "--precision"),
-    (q3_attack, ["--epochs", "3"], "--epochs"),
-    (q3_attack, ["--no-such-flag"], "--no-such-flag"),
-])
+@pytest.mark.parametrize(
+    "script, flags, named",
+    [
+        (q1_split, ["--protocol", "random"], "--protocol"),
+        (q1_split, ["--seed", "-1"], "--seed"),
+        (q1_split, ["--seed", "1e3"], "--seed"),
+        (q1_split, ["--device", "tpu"], "--device"),
+        (q2_train_ce, ["--epochs", "0"], "--epochs"),
+        (q2_train_ce, ["--epochs", "many"], "--epochs"),
+        (q2_train_ce, ["--batch-size", "-5"], "--batch-size"),
+        (q2_train_ce, ["--lr", "nan"], "--lr"),
+        (q2_train_ce, ["--lr", "0"], "--lr"),
+        (q2_train_ce, ["--lr", "inf"], "--lr"),
+        (q2_train_ce, ["--stem", "vgg"], "--stem"),
+        (q4_adv_train, ["--lr-perturbed", "0"], "--lr-perturbed"),
+        (q4_adv_train, ["--noise", "0"], "--noise"),
+        (q6_angular, ["--precision", "int8"], "--precision"),
+        (q3_attack, ["--epochs", "3"], "--epochs"),
+        (q3_attack, ["--no-such-flag"], "--no-such-flag"),
+    ],
+)
 def test_a_flag_with_a_wrong_value_is_named(error_line, tmp_path, script, flags, named):
     assert named in error_line(script.main, "--results", tmp_path, *flags)
 
@@ -81,7 +100,9 @@ def test_a_missing_device_is_named(error_line, tmp_path):
     assert "--device auto" in error_line(q1_split.main, "--results", tmp_path, "--device", "cuda")
 
 
-@pytest.mark.parametrize("script", [q1_split, q2_train_ce, q3_attack, q4_adv_train, q6_angular, report])
+@pytest.mark.parametrize(
+    "script", [q1_split, q2_train_ce, q3_attack, q4_adv_train, q6_angular, report]
+)
 def test_help_is_the_scripts_docstring_and_all_flags(script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["script.py", "--help"])
     with pytest.raises(SystemExit) as end:
@@ -92,28 +113,36 @@ def test_help_is_the_scripts_docstring_and_all_flags(script, monkeypatch, capsys
 
 
 def test_a_script_run_from_a_shell_ends_with_one_line_and_status_2(tmp_path):
-    finished = subprocess.run(helpers.script("q2_train_ce.py", "--results", tmp_path), capture_output=True, text=True)
+    finished = subprocess.run(
+        helpers.script("q2_train_ce.py", "--results", tmp_path), capture_output=True, text=True
+    )
     assert finished.returncode == 2
     assert finished.stdout == ""
     assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
     assert "python q1_split.py" in finished.stderr
 
 
-@pytest.mark.parametrize("script, flags", [
-    (q2_train_ce, ["--batch-size", "21"]),  # the split has 20 training images
-    (q2_train_ce, ["--batch-size", "1"]),  # batch-norm of one image whose map is 1 x 1
-    (q4_adv_train, ["--init", "scratch", "--batch-size", "21"]),
-    (q6_angular, ["--init", "scratch", "--batch-size", "25"]),  # not as many of each class
-])
-def test_a_batch_size_that_cannot_work_is_refused(error_line, tmp_path, split, random_images, script, flags):
-    assert "--batch-size" in error_line(script.main, "--quick", "--results", tmp_path, "--stem", "imagenet", *flags)
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (q2_train_ce, ["--batch-size", "21"]),  # the split has 20 training images
+        (q2_train_ce, ["--batch-size", "1"]),  # batch-norm of one image whose map is 1 x 1
+        (q4_adv_train, ["--batch-size", "21"]),
+        (q6_angular, ["--batch-size", "25"]),  # not as many of each class
+        (q6_angular, ["--batch-size", "10"]),  # no pairs
+        (q6_angular, ["--batch-size", "1000"]),  # more than there are
+    ],
+)
+def test_a_batch_size_that_cannot_work_is_refused(
+    error_line, tmp_path, question_2, random_images, script, flags
+):
+    assert "--batch-size" in error_line(script.main, "--quick", "--results", tmp_path, *flags)
 
 
 # ---- Files that are missing --------------------------------------------------------------------
 
 
-def test_missing_data_without_network_is_explained(error_line, tmp_path, no_network, monkeypatch):
-    monkeypatch.delenv("SYNTHETIC_CIFAR10_SHA256", raising=False)
+def test_missing_data_without_network_is_explained(error_line, tmp_path, no_network):
     line = error_line(q1_split.main, "--results", tmp_path / "results", "--data", tmp_path / "data")
     assert str(tmp_path / "data") in line and "no network" in line and "--data" in line
 
@@ -126,37 +155,43 @@ def test_a_missing_split_is_explained(error_line, tmp_path, script, mode):
 
 
 def test_a_missing_model_is_explained(error_line, tmp_path, split, random_images):
-    assert "python q2_train_ce.py --results" in error_line(q3_attack.main, "--quick", "--results", tmp_path)
+    assert "python q2_train_ce.py --results" in error_line(
+        q3_attack.main, "--quick", "--results", tmp_path
+    )
 
 
-def test_imagenet_weights_without_network_are_explained(error_line, tmp_path, split, random_images, no_network):
+def test_imagenet_weights_without_network_are_explained(
+    error_line, tmp_path, question_2, random_images, no_network
+):
     line = error_line(q6_angular.main, "--quick", "--results", tmp_path, "--init", "imagenet")
-    assert "no network" in line and "--init scratch" in line
+    assert "no network" in line and "--init q2" in line
 
 
-def test_without_imagenet_weights_question_6_starts_from_question_2s_with_a_warning(split, no_network, tmp_path, capsys):
-    args = helpers.tiny_args(init="auto", results=tmp_path)
-    path = tmp_path / "q2" / "model.pt"
-    origin = {"question": "q2", "split_sha256": split["sha256"]}
-    common.write_file(path, helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)))
-    _, source, parents = q6_angular.first_model(args, split)
-    digest = common.sha256(path.read_bytes())
-    assert source == f"{path} ({digest})" and parents == [digest]
-    assert "WARNING" in capsys.readouterr().err
+@pytest.mark.parametrize("content", [b"", b"PK", b"broken"])
+def test_a_damaged_file_in_the_cache_of_imagenet_weights_is_named(
+    error_line, tmp_path, question_2, random_images, no_network, content
+):
+    cached = tmp_path / "cache" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    common.write_file(cached, content)
+    assert str(cached) in error_line(
+        q6_angular.main, "--quick", "--results", tmp_path, "--init", "imagenet"
+    )
 
 
-def test_without_imagenet_weights_and_question_2_the_way_out_is_named(split, no_network, tmp_path):
-    with pytest.raises(common.UserError, match="python q2_train_ce.py --results"):
-        q6_angular.first_model(helpers.tiny_args(init="auto", results=tmp_path), split)
+@pytest.mark.parametrize("script", [q4_adv_train, q6_angular])
+@pytest.mark.parametrize("init", ["q2", "scratch"])
+def test_questions_4_and_6_begin_with_question_2_or_its_stem(
+    split, question_2, tmp_path, script, init
+):
+    model, stem, parents = script.first_model(helpers.tiny_args(init=init, results=tmp_path), split)
+    assert stem == "imagenet"
+    assert parents == ([common.sha256(question_2.read_bytes())] if init == "q2" else [])
+    assert (model.backbone.layer1[0].conv1.weight == 0).all() == (init == "q2")
 
 
-def test_question_4_refuses_to_start_from_another_stem(error_line, split, random_images, tmp_path):
-    origin = {"question": "q2", "split_sha256": split["sha256"]}
-    common.write_file(tmp_path / "q2" / "model.pt", helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)))
-    assert "--stem imagenet" in error_line(q4_adv_train.main, "--quick", "--results", tmp_path, "--stem", "stride2")
-
-
-def test_a_checkpoint_to_start_from_must_exist_and_be_of_this_split(error_line, tmp_path, split, random_images):
+def test_a_checkpoint_to_start_from_must_exist_and_be_of_this_split(
+    error_line, tmp_path, question_2, random_images
+):
     flags = ("--quick", "--results", tmp_path, "--init", tmp_path / "other.pt")
     assert "other.pt" in error_line(q6_angular.main, *flags)
     (tmp_path / "other.pt").write_bytes(helpers.torch_bytes(helpers.small_checkpoint()))
@@ -173,7 +208,9 @@ def test_truncated_data_is_refused(error_line, cifar10, tmp_path):
         (folder / path.name).symlink_to(path)
     (folder / "test_batch").unlink()
     (folder / "test_batch").write_bytes((cifar10 / folder.name / "test_batch").read_bytes()[:-1000])
-    assert str(folder) in error_line(q1_split.main, "--results", tmp_path / "results", "--data", tmp_path)
+    assert str(folder) in error_line(
+        q1_split.main, "--results", tmp_path / "results", "--data", tmp_path
+    )
 
 
 def npz(**arrays):
@@ -182,20 +219,35 @@ def npz(**arrays):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("change", [
-    {"test": helpers.tiny_split()["train"]},  # tests on training images
-    {"train": np.array([1, 1, 2])},
-    {"train": np.arange(20.0)},
-    {"train": np.arange(20, dtype=np.int32)},
-    {"train": np.array([], dtype=np.int64)},
-    {"train": np.arange(20).reshape(4, 5)},
-    {"train": np.array([-1, 3])},
-    {"train": np.array([3, 60_000])},
-    {"protocol": "random"},
-    {"seed": 0.5},
-    {"quick": 1},
-    {"seed": np.arange(2)},
-], ids=["overlap", "twice", "float", "int32", "empty", "2-D", "negative", "too large", "protocol", "seed", "quick", "two seeds"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test": helpers.tiny_split()["train"]},  # tests on training images
+        {"train": np.array([1, 1, 2])},
+        {"train": np.arange(20.0)},
+        {"train": np.arange(20, dtype=np.int32)},
+        {"train": np.array([], dtype=np.int64)},
+        {"train": np.arange(20).reshape(4, 5)},
+        {"train": np.array([-1, 3])},
+        {"train": np.array([3, 60_000])},
+        {"seed": 0.5},
+        {"quick": 1},
+        {"seed": np.arange(2)},
+    ],
+    ids=[
+        "overlap",
+        "twice",
+        "float",
+        "int32",
+        "empty",
+        "2-D",
+        "negative",
+        "too large",
+        "seed",
+        "quick",
+        "two seeds",
+    ],
+)
 def test_an_array_file_that_is_no_split_is_refused(tmp_path, change):
     (tmp_path / "split.npz").write_bytes(npz(**{**helpers.tiny_split(), **change}))
     with pytest.raises(common.UserError, match="q1_split.py") as error:
@@ -225,14 +277,22 @@ def test_a_quick_split_is_not_mixed_with_full_results(error_line, tmp_path, spli
     assert "was made with --quick" in error_line(q2_train_ce.main, "--results", tmp_path)
 
 
-@pytest.mark.parametrize("provenance, reason", [
-    ({"question": "q2", "split_sha256": "0" * 64}, "another split"),
-    ({"question": "q6"}, "belongs to question q6"),
-    ({}, "belongs to question None"),
-])
-def test_a_model_of_another_split_or_question_is_refused(error_line, tmp_path, split, random_images, provenance, reason):
+@pytest.mark.parametrize(
+    "provenance, reason",
+    [
+        ({"question": "q2", "split_sha256": "0" * 64}, "another split"),
+        ({"question": "q6"}, "belongs to question q6"),
+        ({}, "belongs to question None"),
+    ],
+)
+def test_a_model_of_another_split_or_question_is_refused(
+    error_line, tmp_path, split, random_images, provenance, reason
+):
     provenance = {"split_sha256": split["sha256"], **provenance}
-    common.write_file(tmp_path / "q2" / "model.pt", helpers.torch_bytes(helpers.small_checkpoint(provenance=provenance)))
+    common.write_file(
+        tmp_path / "q2" / "model.pt",
+        helpers.torch_bytes(helpers.small_checkpoint(provenance=provenance)),
+    )
     line = error_line(q3_attack.main, "--quick", "--results", tmp_path)
     assert reason in line and "q2_train_ce.py" in line and "--quick" in line
 
@@ -241,18 +301,33 @@ def changed_weights(**changes):
     return {"weights": {**helpers.small_checkpoint()["weights"], **changes}}
 
 
-@pytest.mark.parametrize("change", [
-    {"stem": "vgg"},
-    {"num_outputs": 11},
-    {"num_outputs": 0},
-    {"provenance": None},
-    {"weights": {}},
-    changed_weights(extra=torch.zeros(1)),
-    changed_weights(**{"head.bias": torch.full((10,), torch.nan)}),
-    changed_weights(**{"head.bias": torch.zeros(10, dtype=torch.float64)}),
-    changed_weights(**{"head.bias": torch.zeros(9)}),
-    changed_weights(**{"head.bias": "zero"}),
-], ids=["stem", "outputs", "no outputs", "provenance", "no weights", "more weights", "nan", "dtype", "shape", "text"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stem": "vgg"},
+        {"num_outputs": 11},
+        {"num_outputs": 0},
+        {"provenance": None},
+        {"weights": {}},
+        changed_weights(extra=torch.zeros(1)),
+        changed_weights(**{"head.bias": torch.full((10,), torch.nan)}),
+        changed_weights(**{"head.bias": torch.zeros(10, dtype=torch.float64)}),
+        changed_weights(**{"head.bias": torch.zeros(9)}),
+        changed_weights(**{"head.bias": "zero"}),
+    ],
+    ids=[
+        "stem",
+        "outputs",
+        "no outputs",
+        "provenance",
+        "no weights",
+        "more weights",
+        "nan",
+        "dtype",
+        "shape",
+        "text",
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_its_network_is_refused(tmp_path, change):
     (tmp_path / "model.pt").write_bytes(helpers.torch_bytes(helpers.small_checkpoint(**change)))
     with pytest.raises(common.UserError, match="model.pt") as error:
@@ -261,7 +336,9 @@ def test_a_checkpoint_that_does_not_fit_its_network_is_refused(tmp_path, change)
 
 
 def test_a_checkpoint_cannot_make_us_build_a_network_that_fills_the_memory(tmp_path, monkeypatch):
-    (tmp_path / "model.pt").write_bytes(helpers.torch_bytes({**helpers.small_checkpoint(), "num_outputs": 10**9}))
+    (tmp_path / "model.pt").write_bytes(
+        helpers.torch_bytes({**helpers.small_checkpoint(), "num_outputs": 10**9})
+    )
     built = []
     monkeypatch.setattr(common, "resnet18", lambda num_outputs, stem: built.append(num_outputs))
     with pytest.raises(common.UserError):
@@ -279,14 +356,20 @@ def test_a_changed_letter_inside_a_checkpoint_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("write", [pickle.dumps, helpers.torch_bytes])
 def test_a_malicious_checkpoint_is_refused_and_not_executed(tmp_path, write):
-    (tmp_path / "model.pt").write_bytes(write({**helpers.small_checkpoint(), "provenance": helpers.CreatesFile(tmp_path / "executed")}))
-    with pytest.raises(common.UserError, match="damaged or holds more than weights"):
+    (tmp_path / "model.pt").write_bytes(
+        write(
+            {**helpers.small_checkpoint(), "provenance": helpers.CreatesFile(tmp_path / "executed")}
+        )
+    )
+    with pytest.raises(common.UserError, match="damaged or not ours"):
         common.load_checkpoint(tmp_path / "model.pt")
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_malicious_training_state_is_refused_and_not_executed(tmp_path):
-    (tmp_path / "training.pt").write_bytes(helpers.torch_bytes({"recipe": helpers.CreatesFile(tmp_path / "executed")}))
+    (tmp_path / "training.pt").write_bytes(
+        helpers.torch_bytes({"recipe": helpers.CreatesFile(tmp_path / "executed")})
+    )
     with pytest.raises(common.UserError, match="--fresh"):
         helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt")
     assert not (tmp_path / "executed").exists()
@@ -300,12 +383,13 @@ def test_a_file_far_too_large_is_not_read(tmp_path):
 
 
 def test_metrics_of_another_split_are_not_compared(tmp_path):
-    helpers.metrics_target(tmp_path)
+    common.write_metrics(tmp_path / "q4", {"split_sha256": "0" * 64}, {"models": {}})
+    assert common.measured_before(helpers.tiny_args(results=tmp_path), {"sha256": "0" * 64}) == {}
     with pytest.raises(common.UserError, match="another split"):
         common.measured_before(helpers.tiny_args(results=tmp_path), {"sha256": "1" * 64})
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"split_sha256": 1}'])
+@pytest.mark.parametrize("content", [b"", b"[3]", b"{", b"\xff", b"7"])
 def test_metrics_that_are_no_metrics_are_refused(tmp_path, content):
     (tmp_path / "metrics.json").write_bytes(content)
     with pytest.raises(common.UserError, match="q4_adv_train.py") as error:
@@ -322,36 +406,62 @@ def test_a_report_on_metrics_that_lack_something_is_refused(error_line, tmp_path
     assert "python q2_train_ce.py" in error_line(report.main, "--results", tmp_path)
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"split_sha256": "1" * 64}, "different split"),
-    ({"settings": {"seed": 1}}, "different seed"),
-    ({"quick": True}, "different mode"),
-    ({"parent_sha256": ["2" * 64]}, "began with another model"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"split_sha256": "1" * 64}, "different split"),
+        ({"seed": 1}, "different seed"),
+        ({"quick": True}, "different mode"),
+        ({"parent_sha256": ["2" * 64]}, "began with another model"),
+        ({"models": {"m": {"stem": "cifar"}}}, "different stem"),
+    ],
+)
 def test_a_report_does_not_mix_what_cannot_be_compared(error_line, tmp_path, change, reason):
-    origin = {"split_sha256": "0" * 64, "settings": {"seed": 0}, "quick": False, "parent_sha256": ["1" * 64]}
-    common.write_metrics(tmp_path / "q2", origin, {"model_sha256": {"model.pt": "1" * 64}})
-    common.write_metrics(tmp_path / "q3", {**origin, **change}, {})
+    origin = {"split_sha256": "0" * 64, "seed": 0, "quick": False, "parent_sha256": ["1" * 64]}
+    common.write_metrics(tmp_path / "q1", origin, {})
+    common.write_metrics(
+        tmp_path / "q2",
+        origin,
+        {"models": {"m": {"sha256": "1" * 64, "recipe": {"stem": "stride2"}}}},
+    )
+    common.write_metrics(
+        tmp_path / "q3", {**origin, "models": {"m": {"stem": "stride2"}}, **change}, {}
+    )
     line = error_line(report.main, "--results", tmp_path)
     assert reason in line and "python q3_attack.py" in line
 
 
-@pytest.mark.parametrize("init, refused", [("auto", True), ("chosen.pt", False)])
-def test_a_report_wants_question_6_to_begin_with_the_present_question_2_unless_a_file_was_chosen(tmp_path, init, refused):
-    origin = {"split_sha256": "0" * 64, "settings": {"seed": 0, "init": init}, "quick": False}
-    found = {"q2": {**origin, "model_sha256": {"model.pt": "1" * 64}}, "q6": {**origin, "parent_sha256": ["2" * 64]}}
-    with pytest.raises(common.UserError, match="python q6_angular.py") if refused else contextlib.nullcontext():
+@pytest.mark.parametrize("init, refused", [("q2", True), ("chosen.pt", False)])
+def test_a_report_wants_question_6_to_begin_with_the_present_question_2_unless_a_file_was_chosen(
+    tmp_path, init, refused
+):
+    origin = {"split_sha256": "0" * 64, "seed": 0, "quick": False}
+    found = {
+        "q2": {**origin, "models": {"m": {"sha256": "1" * 64, "recipe": {"stem": "stride2"}}}},
+        "q6": {**origin, "init": init, "parent_sha256": ["2" * 64]},
+    }
+    with (
+        pytest.raises(common.UserError, match="python q6_angular.py")
+        if refused
+        else contextlib.nullcontext()
+    ):
         report.refuse_mixtures(found, helpers.tiny_args(results=tmp_path))
 
 
 def test_a_report_that_lacks_a_figure_leaves_the_old_one(error_line, tmp_path, monkeypatch):
     (tmp_path / "report.md").write_text("old")
     monkeypatch.setattr(report, "read_results", lambda args: {})
-    monkeypatch.setattr(report, "assemble", lambda found: [("title", "Report"), ("figure", "q3/figure08_umap.png", "Figure 8")])
+    monkeypatch.setattr(
+        report,
+        "assemble",
+        lambda found: [("title", "Report"), ("figure", "q3/figure08_umap.png", "Figure 8")],
+    )
     monkeypatch.setattr(report, "refuse_mixtures", lambda found, args: None)
     line = error_line(report.main, "--results", tmp_path, "--quick")
     assert line.endswith(f"python q3_attack.py --results {tmp_path} --quick")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.md"] and (tmp_path / "report.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"] and (
+        tmp_path / "report.md"
+    ).read_text() == "old"
 
 
 @pytest.mark.parametrize("seed, target", list(enumerate(helpers.FUZZ_TARGETS)))
@@ -391,15 +501,19 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
 # ---- Training ----------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_step_and_keeps_the_epochs_before(tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_step_and_keeps_the_epochs_before(
+    tmp_path,
+):
     steps = []
 
-    def batch_loss(model, indices, generator):
+    def step(model, images, labels, generator, recipe):
         steps.append(None)
-        return model(torch.ones(1, 4)).sum() * (torch.nan if len(steps) == 5 else 1), torch.tensor(0)
+        return model(torch.ones(1, 4)).sum() * (torch.nan if len(steps) == 5 else 1), torch.tensor(
+            0
+        )
 
     with pytest.raises(common.UserError, match="nan in epoch 2, step 2") as error:
-        helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt", batch_loss, lr=0.25)
+        helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt", step, lr=0.25)
     assert one_line(error) and "(--lr), now 0.25" in str(error.value)
     assert len(torch.load(tmp_path / "training.pt", weights_only=True)["history"]) == 1
 
@@ -407,4 +521,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_step_and_keeps_the_e
 def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path):
     """Otherwise it would end hours later as a traceback: metrics.json holds no NaN."""
     with pytest.raises(common.UserError, match="epoch 1"):
-        helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt", evaluate=lambda model: {"val_loss": float("nan")})
+        helpers.train_linear(
+            torch.nn.Linear(4, 2),
+            tmp_path / "training.pt",
+            evaluate=lambda model: {"val_loss": float("nan")},
+        )

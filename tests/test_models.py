@@ -1,7 +1,6 @@
 """The network and its checkpoints, the k-NN vote, calibration and the losses."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,22 +28,32 @@ def trained_looking(stem, num_outputs=10):
 
 
 def named_as_torchvision(tensors):
-    """The tensors of our network (dict from name) under the names that they have in torchvision's."""
-    return {name.removeprefix("backbone.").replace("head.", "fc."): tensor for name, tensor in tensors.items()}
+    """The tensors of our network (dict from name) under their names in torchvision's."""
+    return {
+        name.removeprefix("backbone.").replace("head.", "fc."): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 # ---- Network -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stem, sizes", [("imagenet", (8, 4, 2, 1)), ("stride2", (16, 8, 4, 2)), ("cifar", (32, 16, 8, 4))])
+@pytest.mark.parametrize(
+    "stem, sizes",
+    [("imagenet", (8, 4, 2, 1)), ("stride2", (16, 8, 4, 2)), ("cifar", (32, 16, 8, 4))],
+)
 def test_stems_differ_in_the_size_of_the_stages_and_not_in_the_output(stem, sizes):
     model = common.resnet18(7, stem).eval()
     seen = []
     for name in ("layer1", "layer2", "layer3", "layer4"):
-        getattr(model.backbone, name).register_forward_hook(lambda module, given, output: seen.append(tuple(output.shape[1:])))
+        getattr(model.backbone, name).register_forward_hook(
+            lambda module, given, output: seen.append(tuple(output.shape[1:]))
+        )
     images = torch.rand(2, 3, 32, 32)
     assert model(images).shape == (2, 7)
-    assert seen == [(channels, size, size) for channels, size in zip((64, 128, 256, 512), sizes)]
+    assert seen == [
+        (channels, size, size) for channels, size in zip((64, 128, 256, 512), sizes, strict=True)
+    ]
     assert common.backbone_features(model, images).shape == (2, 512)
 
 
@@ -64,17 +73,24 @@ def test_training_the_imagenet_stem_gives_torchvisions_loss_and_gradients():
     from torchvision.transforms.functional import normalize
 
     torch.manual_seed(0)
-    ours, peer = common.resnet18(10, "imagenet").double().train(), resnet18(num_classes=10).double().train()
+    ours, peer = (
+        common.resnet18(10, "imagenet").double().train(),
+        resnet18(num_classes=10).double().train(),
+    )
     named = named_as_torchvision(dict(ours.named_parameters()))
     peer.load_state_dict(named, strict=False)  # the statistics of both start at 0 and 1
     images, labels = torch.rand(8, 3, 32, 32, dtype=torch.double), torch.arange(8)
     loss = F.cross_entropy(ours(images), labels)
-    expected = F.cross_entropy(peer(normalize(images, common.CIFAR10_MEAN, common.CIFAR10_STD)), labels)
+    expected = F.cross_entropy(
+        peer(normalize(images, common.CIFAR10_MEAN, common.CIFAR10_STD)), labels
+    )
     loss.backward()
     expected.backward()
     assert math.isclose(loss.item(), expected.item(), rel_tol=1e-6)
     for name, weight in peer.named_parameters():
-        assert torch.allclose(named[name].grad, weight.grad, rtol=1e-3, atol=1e-3 * weight.grad.abs().max().item()), name
+        assert torch.allclose(
+            named[name].grad, weight.grad, rtol=1e-3, atol=1e-3 * weight.grad.abs().max().item()
+        ), name
 
 
 @pytest.mark.parametrize("side, stride", [(1, 1), (2, 1), (2, 2), (3, 2), (4, 2)])
@@ -82,15 +98,21 @@ def test_training_the_imagenet_stem_gives_torchvisions_loss_and_gradients():
 @pytest.mark.parametrize("training", [True, False])
 def test_a_convolution_computed_as_a_matrix_product_is_a_convolution(side, stride, bias, training):
     torch.manual_seed(0)
-    ours = common.Conv3x3(5, 7, 3, stride=stride, padding=1, bias=bias, dtype=torch.double).train(training)
+    ours = common.Conv3x3(5, 7, 3, stride=stride, padding=1, bias=bias, dtype=torch.double).train(
+        training
+    )
     peer = nn.Conv2d(5, 7, 3, stride=stride, padding=1, bias=bias, dtype=torch.double)
     peer.load_state_dict(ours.state_dict())
     maps = torch.randn(4, 5, side, side, dtype=torch.double, requires_grad=True)
     outputs = [layer(maps) for layer in (ours, peer)]
     direction = torch.randn_like(outputs[1])
-    gradients = [torch.autograd.grad(output, [maps, *layer.parameters()], direction)
-                 for output, layer in zip(outputs, (ours, peer))]
-    for found, expected in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1])):
+    gradients = [
+        torch.autograd.grad(output, [maps, *layer.parameters()], direction)
+        for output, layer in zip(outputs, (ours, peer), strict=True)
+    ]
+    for found, expected in zip(
+        (outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True
+    ):
         assert torch.allclose(found, expected, atol=1e-12)
 
 
@@ -106,7 +128,9 @@ def test_frozen_computes_what_eval_computes_without_gradients_for_the_weights(st
 
 def test_frozen_in_bfloat16_computes_nearly_the_same_and_takes_and_gives_float32():
     model, images = trained_looking("imagenet")
-    exact, rounded = (common.frozen(model, precision)(images) for precision in ("float32", "bfloat16"))
+    exact, rounded = (
+        common.frozen(model, precision)(images) for precision in ("float32", "bfloat16")
+    )
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
     images.requires_grad_()
@@ -119,7 +143,9 @@ def test_frozen_in_bfloat16_computes_nearly_the_same_and_takes_and_gives_float32
 
 def test_a_loaded_checkpoint_is_the_saved_model_in_eval_mode(tmp_path):
     model, images = trained_looking("imagenet", num_outputs=128)
-    digest = common.save_checkpoint(tmp_path / "model.pt", model, stem="imagenet", provenance={"question": "q6"})
+    digest = common.save_checkpoint(
+        tmp_path / "model.pt", model, stem="imagenet", provenance={"question": "q6"}
+    )
     loaded = common.load_checkpoint(tmp_path / "model.pt")
     assert not loaded.training
     with torch.no_grad():
@@ -138,16 +164,73 @@ def test_loading_a_checkpoint_draws_no_random_numbers(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_question_6_takes_over_a_backbone_and_keeps_its_own_first_layer_where_stems_differ(tmp_path):
-    given = {**helpers.small_checkpoint(), "provenance": {"split_sha256": "0" * 64}}
-    (tmp_path / "model.pt").write_bytes(helpers.torch_bytes(given))
-    args = SimpleNamespace(seed=0, stem="stride2", device="cpu", init=str(tmp_path / "model.pt"), results=tmp_path,
-                           quick=False)
-    model, source, _ = q6_angular.first_model(args, {"sha256": "0" * 64})
-    assert source == f"{tmp_path / 'model.pt'} ({common.sha256((tmp_path / 'model.pt').read_bytes())})"
-    assert model.backbone.conv1.weight.shape == (64, 3, 3, 3) and model.backbone.conv1.weight.std() > 0
+def test_question_6_takes_over_a_backbone_and_keeps_its_own_first_layer_where_stems_differ(
+    tmp_path,
+):
+    (tmp_path / "other.pt").write_bytes(helpers.torch_bytes(helpers.small_checkpoint()))
+    origin = {"question": "q2", "split_sha256": "0" * 64}
+    common.save_checkpoint(
+        tmp_path / "q2" / "model.pt",
+        common.resnet18(10, "stride2"),
+        stem="stride2",
+        provenance=origin,
+    )
+    args = helpers.tiny_args(results=tmp_path, init=str(tmp_path / "other.pt"))
+    model, stem, parents = q6_angular.first_model(args, {"sha256": "0" * 64})
+    assert (stem, parents) == ("stride2", [common.sha256((tmp_path / "other.pt").read_bytes())])
+    assert (
+        model.backbone.conv1.weight.shape == (64, 3, 3, 3) and model.backbone.conv1.weight.std() > 0
+    )
     assert model.head.weight.shape == (128, 512) and model.head.weight.std() > 0
-    assert all((weight == 0).all() for name, weight in model.backbone.named_parameters() if name != "conv1.weight")
+    assert all(
+        (weight == 0).all()
+        for name, weight in model.backbone.named_parameters()
+        if name != "conv1.weight"
+    )
+
+
+def test_checkpoints_of_before_the_network_class_load(tmp_path):
+    """Their tensors have the names that a Sequential of normalize, backbone and head gives them."""
+    before = nn.Sequential()
+    before.add_module("backbone", common.resnet18(10, "stride2").backbone)
+    before.add_module("head", nn.Linear(512, 10))
+    content = {
+        "stem": "stride2",
+        "num_outputs": 10,
+        "provenance": {},
+        "weights": before.state_dict(),
+    }
+    (tmp_path / "model.pt").write_bytes(helpers.torch_bytes(content))
+    images = torch.rand(2, 3, 32, 32)
+    normalised = (images - torch.tensor(common.CIFAR10_MEAN).view(3, 1, 1)) / torch.tensor(
+        common.CIFAR10_STD
+    ).view(3, 1, 1)
+    assert torch.allclose(
+        common.load_checkpoint(tmp_path / "model.pt")(images), before.eval()(normalised), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "stem, stages", [("imagenet", ["layer3", "layer4"]), ("stride2", ["layer4"]), ("cifar", [])]
+)
+def test_matrix_products_stand_where_they_pay_and_leave_the_weights_as_they_are(
+    monkeypatch, stem, stages
+):
+    torch.manual_seed(0)
+    plain = common.resnet18(10, stem)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    torch.manual_seed(0)
+    fast = common.resnet18(10, stem)
+    helpers.assert_same_bits(fast.state_dict(), plain.state_dict())
+    found = {
+        name.split(".")[1]
+        for name, module in fast.named_modules()
+        if isinstance(module, common.Conv3x3)
+    }
+    assert sorted(found) == stages
+    images = torch.rand(4, 3, 32, 32)
+    for train in (True, False):
+        assert torch.allclose(fast.train(train)(images), plain.train(train)(images), atol=1e-4)
 
 
 # ---- k-NN vote ---------------------------------------------------------------------------------
@@ -156,13 +239,31 @@ def test_question_6_takes_over_a_backbone_and_keeps_its_own_first_layer_where_st
 @pytest.mark.parametrize("k", [1, 2, 4, 10, 100])
 def test_the_vote_is_scikit_learns_ties_included(k):
     rng = torch.Generator().manual_seed(0)
-    train, queries = (torch.randn(number, 6, dtype=torch.float64, generator=rng) for number in (400, 700))
+    train, queries = (
+        torch.randn(number, 6, dtype=torch.float64, generator=rng) for number in (400, 700)
+    )
     labels = torch.randint(0, 5, (400,), generator=rng)
     peer = KNeighborsClassifier(k).fit(train.numpy(), labels.numpy())
     if k == 4:  # ties must be there to be tested: two classes with two votes each
         votes = np.sort((peer.predict_proba(queries.numpy()) * k).round(), axis=1)
         assert (votes[:, -1] == votes[:, -2]).sum() > 100
-    assert common.knn_predict(train, labels, queries, k).tolist() == peer.predict(queries.numpy()).tolist()
+    assert (
+        common.knn_predict(train, labels, queries, k).tolist()
+        == peer.predict(queries.numpy()).tolist()
+    )
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_the_vote_is_exact_far_from_the_origin_too(offset):
+    rng = torch.Generator().manual_seed(0)
+    train, queries = (offset + torch.randn(number, 8, generator=rng) for number in (500, 300))
+    labels = torch.randint(0, 10, (500,), generator=rng)
+    expected = (
+        KNeighborsClassifier(5)
+        .fit(train.double().numpy(), labels.numpy())
+        .predict(queries.double().numpy())
+    )
+    assert common.knn_predict(train, labels, queries, 5).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("k", [0, 6])
@@ -177,14 +278,22 @@ def test_retrieval_quality_is_what_its_definition_gives():
     labels, query_labels = torch.arange(60) % 3, torch.arange(25) % 3
     found = q6_angular.retrieval_quality(train, labels, queries, query_labels)
     first, precision, average = [], [], []
-    for query, label in zip(queries, query_labels):
-        right = (labels[(train - query).norm(dim=1).argsort()] == label).double()[:20]  # R = 20 of each class
+    for query, label in zip(queries, query_labels, strict=True):
+        right = (labels[(train - query).norm(dim=1).argsort()] == label).double()[
+            :20
+        ]  # R = 20 of each class
         precisions = right.cumsum(0) / torch.arange(1, 21)
         first.append(right[0])
         precision.append(right.mean())
         average.append((right * precisions).sum() / 20)
-    expected = {"precision_at_1": first, "r_precision": precision, "mean_average_precision_at_r": average}
-    assert found == pytest.approx({name: torch.stack(values).mean().item() for name, values in expected.items()})
+    expected = {
+        "precision_at_1": first,
+        "r_precision": precision,
+        "mean_average_precision_at_r": average,
+    }
+    assert found == pytest.approx(
+        {name: torch.stack(values).mean().item() for name, values in expected.items()}
+    )
 
 
 # ---- Calibration -------------------------------------------------------------------------------
@@ -192,7 +301,9 @@ def test_retrieval_quality_is_what_its_definition_gives():
 
 def test_calibration_error_is_what_a_loop_over_the_bins_gives():
     rng = torch.Generator().manual_seed(0)
-    confidence = torch.rand(3000, generator=rng).sqrt().clamp_min(0.21)  # the lowest bins stay empty
+    confidence = (
+        torch.rand(3000, generator=rng).sqrt().clamp_min(0.21)
+    )  # the lowest bins stay empty
     correct = torch.rand(3000, generator=rng) < confidence**2
     expected = 0
     for number in range(15):
@@ -222,9 +333,15 @@ def test_the_librarys_angular_loss_is_the_formula_of_question_5():
     for a in range(20):
         for p in range(20):
             if a != p and y[a] == y[p]:
-                f = [4 * tangent * (x[a] + x[p]) @ x[n] - 2 * (1 + tangent) * x[a] @ x[p] for n in range(20) if y[n] != y[a]]
+                f = [
+                    4 * tangent * (x[a] + x[p]) @ x[n] - 2 * (1 + tangent) * x[a] @ x[p]
+                    for n in range(20)
+                    if y[n] != y[a]
+                ]
                 terms.append(math.log(1 + sum(map(math.exp, f))))
-    assert AngularLoss(alpha=q6_angular.ALPHA)(x, y).item() == pytest.approx(sum(terms) / len(terms))
+    assert AngularLoss(alpha=q6_angular.ALPHA)(x, y).item() == pytest.approx(
+        sum(terms) / len(terms)
+    )
 
 
 def test_the_soft_knn_loss_is_what_a_loop_over_the_neighbours_gives():
@@ -232,10 +349,15 @@ def test_the_soft_knn_loss_is_what_a_loop_over_the_neighbours_gives():
     train, labels = F.normalize(torch.randn(30, 4)), torch.arange(30) % 3
     output, targets = 3 * torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
     expected = 0
-    for point, target in zip(output, targets):
+    for point, target in zip(output, targets, strict=True):
         weights = [math.exp(point @ other / point.norm() / 0.1) for other in train]
-        expected -= math.log(sum(weight for weight, label in zip(weights, labels) if label == target) / sum(weights))
-    assert q6_angular.soft_knn_loss(train, labels)(output, targets).item() == pytest.approx(expected, rel=1e-4)
+        expected -= math.log(
+            sum(weight for weight, label in zip(weights, labels, strict=True) if label == target)
+            / sum(weights)
+        )
+    assert q6_angular.soft_knn_loss(train, labels)(output, targets).item() == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_a_step_along_its_gradient_raises_the_soft_knn_loss_and_turns_votes():
@@ -246,7 +368,7 @@ def test_a_step_along_its_gradient_raises_the_soft_knn_loss_and_turns_votes():
     output = F.normalize(centres[labels[:60]] + 0.1 * torch.randn(60, 16)).requires_grad_()
     loss = q6_angular.soft_knn_loss(train, labels)
     before = loss(output, labels[:60])
-    gradient, = torch.autograd.grad(before, output)
+    (gradient,) = torch.autograd.grad(before, output)
     moved = output.detach() + 3 * F.normalize(gradient)
     assert loss(moved, labels[:60]) > before
     decide = q6_angular.knn_decision(train, labels)
@@ -262,7 +384,7 @@ def test_the_nearest_other_image_of_a_batch_is_counted():
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines():
     progress = np.linspace(0, 1, 101)
     expected = np.interp(progress, [0, 0.2, 1], [0, 1, 0])
-    assert [common.one_cycle(each) for each in progress] == pytest.approx(expected.tolist())
+    assert [common.one_cycle(each, 0.2) for each in progress] == pytest.approx(expected.tolist())
 
 
 def test_training_is_sgd_with_nesterov_momentum_and_weight_decay_on_weights_only(tmp_path):
@@ -271,25 +393,49 @@ def test_training_is_sgd_with_nesterov_momentum_and_weight_decay_on_weights_only
     expected = [tensor.detach().double().numpy().copy() for tensor in (model.weight, model.bias)]
     helpers.train_linear(model, tmp_path / "training.pt", epochs=2, lr=0.5)
 
+    order_of = helpers.linear_problem()[1]
     points, labels = (tensor.numpy() for tensor in helpers.linear_problem())
     velocity = [np.zeros_like(tensor) for tensor in expected]
     for epoch in range(2):
-        batches = common.shuffled_batches(12, 4, common.generator_for(0, "epoch", epoch))
+        batches = common.shuffled_batches(order_of, 4, common.generator_for(0, "epoch", epoch))
         for step, batch in enumerate(batches):
             weight, bias = expected
             exponentials = np.exp(points[batch] @ weight.T + bias)
-            error = (exponentials / exponentials.sum(1, keepdims=True) - np.eye(2)[labels[batch]]) / len(batch)
+            error = (
+                exponentials / exponentials.sum(1, keepdims=True) - np.eye(2)[labels[batch]]
+            ) / len(batch)
             gradients = [error.T @ points[batch] + 5e-4 * weight, error.sum(0)]
-            velocity = [0.9 * before + gradient for before, gradient in zip(velocity, gradients)]
+            velocity = [
+                0.9 * before + gradient
+                for before, gradient in zip(velocity, gradients, strict=True)
+            ]
             rate = 0.5 * np.interp((3 * epoch + step) / 6, [0, 0.2, 1], [0, 1, 0])
-            expected = [tensor - rate * (gradient + 0.9 * moved)
-                        for tensor, gradient, moved in zip(expected, gradients, velocity)]
-    for found, tensor in zip((model.weight, model.bias), expected):
+            expected = [
+                tensor - rate * (gradient + 0.9 * moved)
+                for tensor, gradient, moved in zip(expected, gradients, velocity, strict=True)
+            ]
+    for found, tensor in zip((model.weight, model.bias), expected, strict=True):
         np.testing.assert_allclose(found.detach().numpy(), tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_an_epoch_holds_every_image_at_most_once_and_only_full_batches():
-    batches = common.shuffled_batches(103, 10, torch.Generator().manual_seed(0))
+    batches = common.shuffled_batches(torch.zeros(103), 10, torch.Generator().manual_seed(0))
     assert [len(batch) for batch in batches] == [10] * 10
     assert len(torch.cat(batches).unique()) == 100
     assert torch.cat(batches).tolist() != sorted(torch.cat(batches).tolist())
+
+
+def test_batches_of_question_6_hold_equally_many_images_of_each_class_and_every_image_once():
+    labels = torch.arange(600) % 10
+    batches = q6_angular.class_balanced_batches(labels, 120, torch.Generator().manual_seed(0))
+    assert [len(batch) for batch in batches] == [120] * 5
+    for batch in batches:
+        assert torch.bincount(labels[batch]).tolist() == [12] * 10
+    assert sorted(torch.cat(batches).tolist()) == list(range(600))
+    again, other = (
+        q6_angular.class_balanced_batches(labels, 120, torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    assert torch.equal(torch.stack(batches), torch.stack(again)) and not torch.equal(
+        torch.stack(batches), torch.stack(other)
+    )

@@ -1,4 +1,5 @@
-"""Our attacks against four libraries that others rely on; pip install -r tests/requirements-peers.txt brings them."""
+"""Our attacks against four libraries that others rely on; pip install -r tests/requirements-
+peers.txt brings them."""
 
 import numpy as np
 import pytest
@@ -8,8 +9,12 @@ from torch import nn
 import common
 
 # Norm, eps, step size and number of steps; one step of size eps is FGM.
-THREATS = {"FGM linf": ("linf", 8 / 255, 8 / 255, 1), "FGM l2": ("l2", 0.5, 0.5, 1),
-           "PGD linf": ("linf", 8 / 255, 2 / 255, 10), "PGD l2": ("l2", 0.5, 0.1, 10)}
+THREATS = {
+    "FGM linf": ("linf", 8 / 255, 8 / 255, 1),
+    "FGM l2": ("l2", 0.5, 0.5, 1),
+    "PGD linf": ("linf", 8 / 255, 2 / 255, 10),
+    "PGD l2": ("l2", 0.5, 0.1, 10),
+}
 
 
 def by_art(model, images, labels, norm, eps, step_size, steps):
@@ -17,12 +22,21 @@ def by_art(model, images, labels, norm, eps, step_size, steps):
     from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
-    estimator = PyTorchClassifier(model, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0.0, 1.0), device_type="cpu")
-    options = {"norm": {"linf": np.inf, "l2": 2}[norm], "eps": eps, "eps_step": step_size, "batch_size": len(images)}
+    estimator = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0.0, 1.0), device_type="cpu"
+    )
+    options = {
+        "norm": {"linf": np.inf, "l2": 2}[norm],
+        "eps": eps,
+        "eps_step": step_size,
+        "batch_size": len(images),
+    }
     if steps == 1:
         attack = FastGradientMethod(estimator, **options)
     else:
-        attack = ProjectedGradientDescentPyTorch(estimator, **options, max_iter=steps, num_random_init=0, verbose=False)
+        attack = ProjectedGradientDescentPyTorch(
+            estimator, **options, max_iter=steps, num_random_init=0, verbose=False
+        )
     return torch.from_numpy(attack.generate(images.numpy(), labels.numpy()))
 
 
@@ -33,14 +47,30 @@ def by_cleverhans(model, images, labels, norm, eps, step_size, steps):
 
     norm = {"linf": np.inf, "l2": 2}[norm]
     if steps == 1:
-        return fast_gradient_method(model, images, eps, norm, clip_min=0, clip_max=1, y=labels).detach()
-    return projected_gradient_descent(model, images, eps, step_size, steps, norm, clip_min=0, clip_max=1, y=labels,
-                                      rand_init=False, sanity_checks=False).detach()
+        return fast_gradient_method(
+            model, images, eps, norm, clip_min=0, clip_max=1, y=labels
+        ).detach()
+    return projected_gradient_descent(
+        model,
+        images,
+        eps,
+        step_size,
+        steps,
+        norm,
+        clip_min=0,
+        clip_max=1,
+        y=labels,
+        rand_init=False,
+        sanity_checks=False,
+    ).detach()
 
 
 def by_foolbox(model, images, labels, norm, eps, step_size, steps):
     foolbox = pytest.importorskip("foolbox")
-    attacks = {"linf": foolbox.attacks.LinfProjectedGradientDescentAttack, "l2": foolbox.attacks.L2ProjectedGradientDescentAttack}
+    attacks = {
+        "linf": foolbox.attacks.LinfProjectedGradientDescentAttack,
+        "l2": foolbox.attacks.L2ProjectedGradientDescentAttack,
+    }
     attack = attacks[norm](abs_stepsize=step_size, steps=steps, random_start=False)
     model = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     return attack(model, images, labels, epsilons=eps)[1]
@@ -59,10 +89,14 @@ def by_torchattacks(model, images, labels, norm, eps, step_size, steps):
 def test_our_attack_and_the_librarys_give_the_same_images(by_peer, threat):
     norm, eps, step_size, steps = THREATS[threat]
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)
+    ).eval()
     images, labels = (1.2 * torch.rand(8, 3, 32, 32) - 0.1).clamp(0, 1), torch.arange(8)
     if threat == "PGD l2":
-        images = 0.3 + 0.4 * images  # some project before they clip, some after: compared where nothing is clipped
+        images = (
+            0.3 + 0.4 * images
+        )  # some project before they clip, some after: compared where nothing is clipped
     theirs = by_peer(model, images, labels, norm, eps, step_size, steps)
     if steps == 1:
         ours = common.fgm(model, images, labels, eps, norm)

@@ -1,4 +1,5 @@
-"""Training that is interrupted goes on where it was and ends bit for bit where an uninterrupted one does."""
+"""Training that is interrupted goes on where it was and ends bit for bit where an uninterrupted one
+does."""
 
 import random
 import shutil
@@ -12,8 +13,6 @@ import helpers
 import q4_adv_train
 import q6_angular
 import tiny_training
-
-SPLIT = {"sha256": "tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +39,12 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(finished, 
     rng = random.Random(0)
     seconds = min(epoch["seconds"] for epoch in history_of(finished))
     command = helpers.script("tests/tiny_training.py", "--results", tmp_path)
-    for _ in range(3):  # each time after an epoch's line: its state is being written, or the next epoch has begun
-        status, _ = helpers.send_signal(command, signal.SIGKILL, rng.uniform(0, seconds), after="epoch")
+    for _ in range(
+        3
+    ):  # each time after an epoch's line: its state is being written, or the next epoch has begun
+        status, _ = helpers.send_signal(
+            command, signal.SIGKILL, rng.uniform(0, seconds), after="epoch"
+        )
         assert status == -signal.SIGKILL
     status, seen = helpers.send_signal(command, 0, 0)
     assert status == 0, seen
@@ -57,28 +60,37 @@ def test_ctrl_c_ends_with_one_line_that_tells_how_to_go_on(tmp_path):
 
 
 def trainings():
-    """The trainings of questions 4 and 6 as functions of flags and state file; that of question 2 is killed above."""
-    def angular(args, state_file):
-        torch.manual_seed(0)
-        model = common.resnet18(q6_angular.EMBEDDING, args.stem)
-        return q6_angular.train_embedding(model, helpers.tiny_data(), args, SPLIT, "scratch", state_file)
+    """The trainings of questions 4 and 6 as functions of the state file; that of question 2 is
+    killed above."""
 
-    def adversarial(prepare):
-        def train(args, state_file):
+    def angular(state_file):
+        torch.manual_seed(0)
+        model = common.resnet18(q6_angular.EMBEDDING, "imagenet")
+        return q6_angular.train_embedding(
+            model, helpers.tiny_data(), helpers.tiny_recipe(), state_file, fresh=False
+        )
+
+    def adversarial(step):
+        def train(state_file):
             torch.manual_seed(0)
-            model = common.resnet18(10, args.stem)
-            return q4_adv_train.train_on(prepare, "m", model, helpers.tiny_data(), args, SPLIT, {"parent_sha256": []}, state_file)
+            model = common.resnet18(10, "imagenet")
+            return q4_adv_train.train_variant(
+                model, step, helpers.tiny_data(), helpers.tiny_recipe(), state_file, fresh=False
+            )
+
         return train
 
-    return {"q4 perturbed": adversarial(q4_adv_train.perturb_only),
-            "q4 perturbed and attacked": adversarial(q4_adv_train.perturb_and_attack),
-            "q6": angular}
+    return {
+        "q4 perturbed": adversarial(q4_adv_train.step_on_perturbed),
+        "q4 perturbed and attacked": adversarial(q4_adv_train.step_on_attacked),
+        "q6": angular,
+    }
 
 
 @pytest.mark.parametrize("name", trainings())
 def test_the_other_trainings_go_on_exactly_after_an_interruption(tmp_path, monkeypatch, name):
     train = trainings()[name]
-    whole = train(helpers.tiny_args(), tmp_path / "whole.pt")
+    whole = train(tmp_path / "whole.pt")
 
     original = common.generator_for
 
@@ -89,8 +101,8 @@ def test_the_other_trainings_go_on_exactly_after_an_interruption(tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common, "generator_for", interrupt_the_second_epoch)
-        train(helpers.tiny_args(), tmp_path / "resumed.pt")
-    resumed = train(helpers.tiny_args(), tmp_path / "resumed.pt")
+        train(tmp_path / "resumed.pt")
+    resumed = train(tmp_path / "resumed.pt")
 
     assert helpers.without_seconds(resumed) == helpers.without_seconds(whole)
     helpers.assert_same_training(tmp_path / "resumed.pt", tmp_path / "whole.pt")
@@ -101,15 +113,20 @@ def test_a_finished_training_is_not_repeated(copy, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tiny_training.py", "--results", str(copy)])
     tiny_training.main()
     assert (copy / "training.pt").read_bytes() == before
-    assert capsys.readouterr().err.splitlines() == [f"Going on after epoch 4 from {copy / 'training.pt'}"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"Going on after epoch 4 from {copy / 'training.pt'}"
+    ]
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--lr", "0.1"], "lr 0.05, now 0.1"),
-    (["--epochs", "5"], "epochs 4, now 5"),
-    (["--seed", "1"], "seed 0, now 1"),
-    (["--stem", "stride2"], "stem 'imagenet', now 'stride2'"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--lr", "0.1"], "lr 0.05, now 0.1"),
+        (["--epochs", "5"], "epochs 4, now 5"),
+        (["--seed", "1"], "seed 0, now 1"),
+        (["--stem", "stride2"], "stem 'imagenet', now 'stride2'"),
+    ],
+)
 def test_a_training_with_other_settings_is_refused_by_naming_them(copy, error_line, flags, named):
     line = error_line(tiny_training.main, "--results", copy, *flags)
     assert named in line and "--fresh" in line
@@ -119,5 +136,10 @@ def test_a_training_with_other_settings_is_refused_by_naming_them(copy, error_li
 def test_fresh_starts_over(copy, finished, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tiny_training.py", "--results", str(copy), "--fresh"])
     tiny_training.main()
-    assert [line[:9] for line in capsys.readouterr().err.splitlines()] == ["epoch 1/4", "epoch 2/4", "epoch 3/4", "epoch 4/4"]
+    assert [line[:9] for line in capsys.readouterr().err.splitlines()] == [
+        "epoch 1/4",
+        "epoch 2/4",
+        "epoch 3/4",
+        "epoch 4/4",
+    ]
     helpers.assert_same_training(copy / "training.pt", finished / "training.pt")
