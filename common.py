@@ -35,6 +35,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -414,20 +415,42 @@ def _resume(state_file, model, optimizer, recipe):
 DPI = 150
 
 
+UMAP_NEIGHBOURS = 15
+
+
 def fit_umap(features, seed):
-    """UMAP to two dimensions (McInnes et al. 2018), fitted without labels on these features alone.
+    """A map of the features by UMAP (McInnes et al. 2018), fitted on them alone, without labels.
 
-    features float32 N x D. Returns the fitted reducer, whose `embedding_` is their map. The same
-    features and seed give the same map on the same machine.
+    features float32 N x D. Returns its points, an array float32 N x 2, and a function that places
+    other features in it: M x D to M x 2. The same features and seed give the same map on the same
+    machine. UMAP is given the exact neighbours, since compiling its own search for them takes
+    longer than everything else.
     """
+    import scipy.sparse
     from umap import UMAP
-    reducer = UMAP(n_neighbors=15, min_dist=0.1, random_state=seed, n_jobs=1)
-    return reducer.fit(features.cpu().numpy())
 
+    def neighbours(queries):
+        found = [nearest_neighbours(batch, UMAP_NEIGHBOURS, features)
+                 for batch in queries.split(KNN_BATCH)]
+        return [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)]
 
-def map_into(reducer, features):
-    """Place features (float32 N x D) in a fitted map: float32 N x 2."""
-    return reducer.transform(features.cpu().numpy())
+    def place(others):
+        distances, indices = neighbours(others)
+        starts = np.arange(0, indices.size + 1, UMAP_NEIGHBOURS)
+        shape = len(others), len(features)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it relies on these distances
+            return reducer.transform(scipy.sparse.csr_matrix(
+                (distances.ravel(), indices.ravel(), starts), shape))
+
+    distances, indices = neighbours(features)
+    indices[:, 0], distances[:, 0] = np.arange(len(features)), 0  # also where features are equal
+    reducer = UMAP(n_neighbors=UMAP_NEIGHBOURS, min_dist=0.1, random_state=seed, n_jobs=1,
+                   metric="precomputed", precomputed_knn=(indices.astype(np.int32), distances))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it has no search of its own
+        reducer.fit(scipy.sparse.csr_matrix((len(features), len(features)), dtype=np.float32))
+    return reducer.embedding_, place
 
 
 def save_figure(figure, path):
@@ -694,6 +717,13 @@ def robustness(model, exact, images, perturbed, labels, seed, loss=summed_cross_
     checks, warnings = attack_checks(model, exact, images, labels, values, seed, loss, decide)
     return {"accuracy": values, "accuracy_l2": {"fgm": fgm_l2, "perturbed_fgm": both_l2},
             "pgd_by_step": by_step, "checks": checks, "warnings": warnings}
+
+
+def measured_on_test(network, test, args, loss=summed_cross_entropy, decide=most_likely):
+    """`robustness` of a Network on the test part: uint8 images and labels."""
+    images, perturbed = as_float(test[0]), perturbed_images(test[0], "test", args.seed)
+    model, exact = (frozen(network, precision) for precision in (args.precision, "float32"))
+    return robustness(model, exact, images, perturbed, test[1], args.seed, loss, decide)
 
 
 def fgm_accuracies(model, images, labels, attacks, loss=summed_cross_entropy, decide=most_likely):
@@ -1034,6 +1064,15 @@ def save_checkpoint(path, model, *, stem, provenance):
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     return write_torch(path, {"stem": stem, "num_outputs": model.head.out_features,
                               "provenance": provenance, "weights": weights})
+
+
+def save_trained(folder, name, model, history, recipe, origin):
+    """Write a trained model's checkpoint; returns what metrics.json says of how it was made."""
+    digest = save_checkpoint(folder / f"{name}.pt", model, stem=recipe["stem"],
+                             provenance={**origin, "recipe": recipe})
+    seconds = round(sum(epoch["seconds"] for epoch in history), 2)
+    return {"file": f"{name}.pt", "sha256": digest, "recipe": recipe, "history": history,
+            "training_seconds": seconds}
 
 
 def read_checkpoint(path, made_by="the script of its question", split=None):

@@ -38,29 +38,24 @@ def main():
     args = common.parse_arguments(parser)
     folder, seconds = args.results / "q2", {}
     split, data = common.load_data(args)
+    origin = common.provenance(args, "q2", split)
     recipe = common.choose_recipe(args, RECIPES, choose_stem(args), "q2", split,
                                   label_smoothing=LABEL_SMOOTHING, cutout=CUTOUT)
-    origin = {**common.provenance(args, "q2", split), "recipe": recipe}
 
     model, history = train_classifier(data, recipe, folder / "training.pt", args.fresh)
-    seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
-    digest = common.save_checkpoint(folder / "model.pt", model, stem=recipe["stem"],
-                                    provenance=origin)
+    made = common.save_trained(folder, "model", model, history, recipe, origin)
     draw_curves(folder, history)
-
     trained = common.frozen(model, args.precision)
     with common.timed(seconds, "evaluate"):
         scores = {part: class_scores(trained, *data[part]) for part in ("val", "test")}
-        draw_scores(folder, scores)
+    draw_scores(folder, scores)
     with common.timed(seconds, "umap"):
         map_sha256 = draw_maps(folder, trained, data, args.seed)
 
+    found = {**made, **scores, "accuracy": {"clean": scores["test"]["accuracy"]}}
     common.write_metrics(folder, origin, {
-        "models": {common.CROSS_ENTROPY: {
-            "accuracy": {"clean": scores["test"]["accuracy"]}, "sha256": digest, **scores,
-            "recipe": recipe, "history": history}},
-        "n_test": len(data["test"][1]), "umap_sha256": map_sha256, "seconds": seconds,
-    })
+        "models": {common.CROSS_ENTROPY: found}, "n_test": len(data["test"][1]),
+        "umap_sha256": map_sha256, "seconds": seconds})
     common.print_table(
         "Question 2: ResNet-18 with cross-entropy",
         ["part", "images", "accuracy", "calibration error (ECE)"],
@@ -301,13 +296,11 @@ def draw_maps(folder, model, data, seed):
     """Figures 5 and 6: UMAP fitted on train, and test in that map. Returns the map's SHA-256."""
     train, test = (common.backbone_features(model, common.as_float(data[part][0]))
                    for part in ("train", "test"))
-    reducer = common.fit_umap(train, seed)
-    points = reducer.embedding_
+    points, place = common.fit_umap(train, seed)
     common.plot_maps(folder / "figure05_umap_train.png",
                      {"train": (points, data["train"][1])}, points)
     common.plot_maps(folder / "figure06_umap_test.png",
-                     {"test, in the map of train": (common.map_into(reducer, test),
-                                                    data["test"][1])}, points)
+                     {"test, in the map of train": (place(test), data["test"][1])}, points)
     return common.sha256(points.tobytes())
 
 

@@ -23,27 +23,25 @@ def main():
     folder, seconds = args.results / "q3", {}
     split, data = common.load_data(args)
     checkpoint = common.require_model(args, split)
-    model = common.frozen(checkpoint["model"], args.precision)
     origin = common.provenance(args, "q3", split, [checkpoint["sha256"]])
+    model = common.frozen(checkpoint["model"], args.precision)
     images, labels = common.as_float(data["test"][0]), data["test"][1]
+    perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
 
-    with common.timed(seconds, "perturb"):
-        perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
     common.plot_examples(folder / "figure07_examples.png", model,
                          images[:EXAMPLES], perturbed[:EXAMPLES], labels[:EXAMPLES])
     with common.timed(seconds, "attack"):
-        exact = common.frozen(checkpoint["model"])
-        measured = common.robustness(model, exact, images, perturbed, labels, args.seed)
+        measured = common.measured_on_test(checkpoint["model"], data["test"], args)
+    with common.timed(seconds, "curve"):
         by_eps = accuracy_by_epsilon(model, images[:CURVE_IMAGES], labels[:CURVE_IMAGES])
-        draw_curves(folder, by_eps, measured["pgd_by_step"])
+    draw_curves(folder, by_eps, measured["pgd_by_step"])
     with common.timed(seconds, "umap"):
         map_sha256 = draw_maps(folder, model, data, images, perturbed, args.seed)
 
     models = {common.CROSS_ENTROPY: {**measured, "fgm_by_eps": by_eps, "stem": checkpoint["stem"]}}
     common.write_metrics(folder, origin, {
         "models": models, "n_test": len(labels), "epsilon": common.EPSILON,
-        "umap_sha256": map_sha256, "seconds": seconds,
-    })
+        "umap_sha256": map_sha256, "seconds": seconds})
     common.print_conditions("Question 3: the model of question 2 on unseen images", models)
 
 
@@ -71,12 +69,11 @@ def draw_maps(folder, model, data, images, perturbed, seed):
     train = common.backbone_features(model, common.as_float(data["train"][0]))
     shifted = common.backbone_features(model, perturbed)
     attacked = common.under_fgm(model.features, model, images, labels)
-    reducer = common.fit_umap(train, seed)
+    points, place = common.fit_umap(train, seed)
     common.plot_maps(folder / "figure08_umap.png", {
-        "perturbed test": (common.map_into(reducer, shifted), labels),
-        "test under FGM, eps = 8/255": (common.map_into(reducer, attacked), labels),
-    }, reducer.embedding_)
-    return common.sha256(reducer.embedding_.tobytes())
+        "perturbed test": (place(shifted), labels),
+        "test under FGM, eps = 8/255": (place(attacked), labels)}, points)
+    return common.sha256(points.tobytes())
 
 
 if __name__ == "__main__":

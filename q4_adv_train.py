@@ -45,35 +45,27 @@ def main():
     split, data = common.load_data(args)
     earlier = common.measured_before(args, split)
     first, stem, parents = first_model(args, split)
+    origin = {**common.provenance(args, "q4", split, parents), "init": args.init}
     recipe = common.choose_recipe(args, RECIPES, stem, "q4", split, label_smoothing=LABEL_SMOOTHING,
                                   eps=common.EPSILON["linf"], first_weights=parents)
-    origin = {**common.provenance(args, "q4", split, parents), "init": args.init}
 
-    trained = {}
-    for name, title, step, own_recipe in variants(recipe):
-        model = copy.deepcopy(first)
-        history = train_variant(model, step, data, own_recipe, folder / f"training_{name}.pt",
-                                args.fresh)
-        seconds[f"train {name}"] = round(sum(epoch["seconds"] for epoch in history), 2)
-        digest = common.save_checkpoint(folder / f"{name}.pt", model, stem=stem,
-                                        provenance={**origin, "recipe": own_recipe})
+    networks, models = {}, {}
+    for title, (name, step, own_recipe) in variants(recipe).items():
+        networks[title] = copy.deepcopy(first)
+        history = train_variant(networks[title], step, data, own_recipe,
+                                folder / f"training_{name}.pt", args.fresh)
+        models[title] = common.save_trained(folder, name, networks[title], history, own_recipe,
+                                            origin)
         draw_curves(folder, name, history)
-        made = {"file": name, "sha256": digest, "recipe": own_recipe, "history": history}
-        trained[title] = model, made
+    for title, (name, *_) in variants(recipe).items():
+        with common.timed(seconds, f"attack {name}"):
+            models[title] |= common.measured_on_test(networks[title], data["test"], args)
+        with common.timed(seconds, f"umap {name}"):
+            draw_maps(folder, name, common.frozen(networks[title], args.precision), data, args.seed)
 
-    models = {}
-    images, labels = common.as_float(data["test"][0]), data["test"][1]  # now, to spare memory
-    perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
-    for title, (model, made) in trained.items():
-        frozen, exact = (common.frozen(model, kind) for kind in (args.precision, "float32"))
-        with common.timed(seconds, f"attack {made['file']}"):
-            measured = common.robustness(frozen, exact, images, perturbed, labels, args.seed)
-        with common.timed(seconds, f"umap {made['file']}"):
-            draw_maps(folder, made["file"], frozen, data, perturbed, args.seed)
-        models[title] = {**made, **measured}
-
-    common.write_metrics(folder, origin, {"models": models, "n_test": len(labels),
-                                          "epsilon": common.EPSILON, "seconds": seconds})
+    common.write_metrics(folder, origin, {
+        "models": models, "n_test": len(data["test"][1]), "epsilon": common.EPSILON,
+        "seconds": seconds})
     common.print_conditions("Question 4: accuracy on test, compared with questions 2 and 3",
                             {**earlier, **models})
 
@@ -93,18 +85,16 @@ def first_model(args, split):
 
 
 def variants(recipe):
-    """File name, title, training step and recipe of the two models.
+    """The two models: dict from title to file name, training step and recipe.
 
     The one without FGM has a rate of its own, and neither noise nor epsilon.
     """
-    shared = {key: value for key, value in recipe.items()
-              if key not in ("lr", "lr_perturbed", "noise", "eps")}
-    return [
-        ("perturbed", "perturbed (q4)", step_on_perturbed,
-         {**shared, "lr": recipe["lr_perturbed"]}),
-        ("perturbed_fgm_trained", "perturbed + FGM (q4)", step_on_attacked,
-         {**shared, "lr": recipe["lr"], "noise": recipe["noise"], "eps": recipe["eps"]}),
-    ]
+    own = ("lr", "lr_perturbed", "noise", "eps")
+    shared = {key: value for key, value in recipe.items() if key not in own}
+    without = {**shared, "lr": recipe["lr_perturbed"]}
+    with_fgm = {**shared, "lr": recipe["lr"], "noise": recipe["noise"], "eps": recipe["eps"]}
+    return {"perturbed (q4)": ("perturbed", step_on_perturbed, without),
+            "perturbed + FGM (q4)": ("perturbed_fgm_trained", step_on_attacked, with_fgm)}
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -177,18 +167,17 @@ def draw_curves(folder, name, history):
                         "cross-entropy")
 
 
-def draw_maps(folder, name, model, data, perturbed_test, seed):
+def draw_maps(folder, name, model, data, seed):
     """Figures 11 and 12: UMAP fitted on perturbed train, and perturbed test in that map."""
-    perturbed_train = common.perturbed_images(data["train"][0], "train", seed)
-    train, test = (common.backbone_features(model, images)
-                   for images in (perturbed_train, perturbed_test))
-    reducer = common.fit_umap(train, seed)
-    points = reducer.embedding_
+    train, test = (
+        common.backbone_features(model, common.perturbed_images(data[part][0], part, seed))
+        for part in ("train", "test"))
+    points, place = common.fit_umap(train, seed)
     common.plot_maps(folder / f"figure11_umap_train_{name}.png",
                      {"perturbed train": (points, data["train"][1])}, points)
-    placed = common.map_into(reducer, test), data["test"][1]
     common.plot_maps(folder / f"figure12_umap_test_{name}.png",
-                     {"perturbed test, in the map of train": placed}, points)
+                     {"perturbed test, in the map of train": (place(test), data["test"][1])},
+                     points)
 
 
 if __name__ == "__main__":

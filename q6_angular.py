@@ -58,40 +58,32 @@ def main():
     split, data = common.load_data(args)
     earlier = common.measured_before(args, split)
     model, stem, parents = first_model(args, split)
+    origin = {**common.provenance(args, "q6", split, parents), "init": args.init}
     recipe = common.choose_recipe(args, RECIPES, stem, "q6", split, alpha=ALPHA,
                                   embedding=EMBEDDING, init=args.init, first_weights=parents)
-    origin = {**common.provenance(args, "q6", split, parents), "init": args.init, "recipe": recipe}
 
     untrained = common.frozen(model, args.precision)
     history = train_embedding(model, data, recipe, folder / "training.pt", args.fresh)
-    seconds["train"] = round(sum(epoch["seconds"] for epoch in history), 2)
-    digest = common.save_checkpoint(folder / "model.pt", model, stem=stem, provenance=origin)
+    made = common.save_trained(folder, "model", model, history, recipe, origin)
     draw_curves(folder, history)
-
-    trained, (test_images, labels) = common.frozen(model, args.precision), data["test"]
+    trained, train_labels = common.frozen(model, args.precision), data["train"][1]
     with common.timed(seconds, "vote"):
-        val_before, val_accuracy = (validation_accuracy(model, data)
-                                    for model in (untrained, trained))
         train, test = (embed(trained, common.as_float(data[part][0])) for part in ("train", "test"))
-        retrieval = retrieval_quality(train, data["train"][1], test, labels)
-    loss, decide = soft_knn_loss(train, data["train"][1]), knn_decision(train, data["train"][1])
-    images = common.as_float(test_images)
-    perturbed = common.perturbed_images(test_images, "test", args.seed)
+        votes = {"val": {"accuracy": validation_accuracy(trained, data),
+                         "accuracy_before_training": validation_accuracy(untrained, data)},
+                 "retrieval": retrieval_quality(train, train_labels, test, data["test"][1]),
+                 "neighbours": NEIGHBOURS}
+    loss, decide = soft_knn_loss(train, train_labels), knn_decision(train, train_labels)
     with common.timed(seconds, "attack"):
-        measured = common.robustness(trained, common.frozen(model), images, perturbed, labels,
-                                     args.seed, loss, decide)
-    common.plot_examples(folder / "figure15_examples.png", trained, images[:EXAMPLES],
-                         perturbed[:EXAMPLES], labels[:EXAMPLES], loss, decide)
+        measured = common.measured_on_test(model, data["test"], args, loss, decide)
     with common.timed(seconds, "umap"):
-        draw_maps(folder, trained, train, test, images, perturbed, data, loss, args.seed)
+        draw_test_images(folder, trained, train, test, data, args.seed, loss, decide)
 
-    models = {MODEL: {**measured, "sha256": digest, "recipe": recipe, "history": history,
-                      "val": {"accuracy": val_accuracy, "accuracy_before_training": val_before},
-                      "retrieval": retrieval, "neighbours": NEIGHBOURS}}
-    common.write_metrics(folder, origin, {"models": models, "n_test": len(labels),
-                                          "epsilon": common.EPSILON, "seconds": seconds})
-    print(f"Accuracy on validation: {common.percent(val_before)} before training (first weights: "
-          f"{args.init}), {common.percent(val_accuracy)} after it")
+    models = {MODEL: {**made, **votes, **measured}}
+    common.write_metrics(folder, origin, {
+        "models": models, "n_test": len(data["test"][1]), "epsilon": common.EPSILON,
+        "seconds": seconds})
+    print_vote(args.init, votes["val"])
     common.print_conditions("Question 6: all models on test", {**earlier, **models})
 
 
@@ -277,21 +269,26 @@ def draw_curves(folder, history):
                         {"loss": "train (augmented)", "val_loss": "validation"}, "angular loss")
 
 
-def draw_maps(folder, model, train, test, images, perturbed, data, loss, seed):
-    """Figures 14 and 16: UMAP fitted on the training embeddings; all test images in that map."""
-    labels = data["test"][1]
+def draw_test_images(folder, model, train, test, data, seed, loss, decide):
+    """Figures 14 to 16: the UMAP of the embeddings, and examples of test images."""
+    images, labels = common.as_float(data["test"][0]), data["test"][1]
+    perturbed = common.perturbed_images(data["test"][0], "test", seed)
+    common.plot_examples(folder / "figure15_examples.png", model, images[:EXAMPLES],
+                         perturbed[:EXAMPLES], labels[:EXAMPLES], loss, decide)
     attacked = common.under_fgm(lambda batch: embed(model, batch), model, images, labels, loss)
-    reducer = common.fit_umap(train, seed)
-    points = reducer.embedding_
-
-    def placed(embeddings):
-        return common.map_into(reducer, embeddings), labels
-
+    points, place = common.fit_umap(train, seed)
     common.plot_maps(folder / "figure14_umap.png", {
-        "train": (points, data["train"][1]), "test, in the map of train": placed(test)}, points)
+        "train": (points, data["train"][1]),
+        "test, in the map of train": (place(test), labels)}, points)
     common.plot_maps(folder / "figure16_umap.png", {
-        "perturbed test": placed(embed(model, perturbed)),
-        "test under FGM, eps = 8/255": placed(attacked)}, points)
+        "perturbed test": (place(embed(model, perturbed)), labels),
+        "test under FGM, eps = 8/255": (place(attacked), labels)}, points)
+
+
+def print_vote(init, val):
+    """What training adds to what the first weights are worth. val: accuracies of the vote."""
+    before, after = (common.percent(val[key]) for key in ("accuracy_before_training", "accuracy"))
+    print(f"Accuracy on validation: {before} before training (weights of {init}), {after} after")
 
 
 if __name__ == "__main__":

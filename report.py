@@ -199,7 +199,7 @@ def adversarial_section(q4):
         *warnings_of(q4["models"]),
     ]
     for title, model in q4["models"].items():
-        name = model["file"]
+        name = model["file"].removesuffix(".pt")
         blocks += [
             ("figure", f"q4/figure09_accuracy_{name}.png",
              f"Figure 9, {title}: accuracy per epoch, with PGD-20's."),
@@ -272,7 +272,7 @@ def origin_section(found):
     """Where each number comes from: machine, precision, commit, time, and the recipes in full."""
     rows = [[question, str(metrics["seed"]), metrics["device"], metrics["precision"],
              str(metrics["git_commit"])[:19], metrics["versions"]["torch"],
-             f"{sum(metrics['seconds'].values()) / 60:.1f}"] for question, metrics in found.items()]
+             f"{minutes(metrics):.1f}"] for question, metrics in found.items()]
     recipes = [[name, ", ".join(f"{key} {value}" for key, value in model["recipe"].items()
                                 if key not in ("split_sha256", "first_weights"))]
                for metrics in found.values() for name, model in metrics.get("models", {}).items()
@@ -283,6 +283,12 @@ def origin_section(found):
             ("table", ["question", "seed", "device", "precision", "commit", "torch", "minutes"],
              rows),
             *([("table", ["model", "recipe"], recipes)] if recipes else [])]
+
+
+def minutes(metrics):
+    """Of a question's stages and trainings."""
+    trainings = [model.get("training_seconds", 0) for model in metrics.get("models", {}).values()]
+    return sum([*metrics["seconds"].values(), *trainings]) / 60
 
 
 def described(recipe):

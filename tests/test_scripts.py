@@ -129,7 +129,7 @@ def test_metrics_say_what_they_were_made_from(quick_run, metrics, question):
 @each_question
 def test_metrics_tell_the_time_of_every_stage(metrics, question):
     stages = metrics[question]["seconds"]
-    assert len(stages) >= 3
+    assert len(stages) >= 2
     assert all(value >= 0 for value in stages.values())
 
 
@@ -143,7 +143,9 @@ def test_question_4_trains_each_model_by_its_own_rate_and_only_one_under_attack(
         common.EPSILON["linf"],
     )
     recipe = {"lr": 0.02, "lr_perturbed": 0.003, "noise": 3.0, "eps": 0.1}
-    assert [(own["lr"], own.get("noise")) for *_, own in q4_adv_train.variants(recipe)] == [
+    assert [
+        (own["lr"], own.get("noise")) for *_, own in q4_adv_train.variants(recipe).values()
+    ] == [
         (0.003, None),
         (0.02, 3.0),
     ]
@@ -204,7 +206,7 @@ def test_question_2_takes_the_stem_that_suits_the_device_unless_one_is_named(
 def test_the_recipe_travels_unchanged_into_checkpoint_state_and_metrics(quick_run, metrics):
     for question in ("q2", "q4", "q6"):
         for model in metrics[question]["models"].values():
-            name = model.get("file", "model")
+            name = model["file"].removesuffix(".pt")
             folder = quick_run.results / question
             state = folder / ("training.pt" if name == "model" else f"training_{name}.pt")
             for kept in (
@@ -286,7 +288,7 @@ def test_confusion_matrix_and_accuracies_agree(metrics):
 def test_metrics_name_the_model_files_by_their_checksum(quick_run, metrics):
     for question in ("q2", "q4", "q6"):
         for model in metrics[question]["models"].values():
-            file = quick_run.results / question / f"{model.get('file', 'model')}.pt"
+            file = quick_run.results / question / model["file"]
             assert model["sha256"] == common.sha256(file.read_bytes())
     (trained,) = metrics["q2"]["models"].values()
     for question in ("q3", "q4"):
