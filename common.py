@@ -310,13 +310,14 @@ def shuffled_batches(labels, batch_size, generator):
     return [batch for batch in batches if len(batch) == batch_size]
 
 
-def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False):
+def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False, guard=None):
     """Train `model` in place, resumably, by SGD with Nesterov momentum and a one-cycle rate.
 
     data: images (uint8) and labels of the training part; recipe: see choose_recipe;
     step(model, images, labels, generator, recipe): a batch's differentiable loss and number of
     correct predictions; batches(labels, batch_size, generator): an epoch's index tensors;
-    evaluate(model): dict of numbers to note after each epoch.
+    evaluate(model): dict of numbers to note after each epoch; guard: the name of one of them, at
+    whose collapse training stops and goes back to the weights of its best epoch (see kept_epoch).
     After each epoch the whole state goes to `state_file`. A later call goes on from there, unless
     `fresh`, and ends bit for bit where an uninterrupted one does (on the CPU), because an epoch's
     random numbers come from the seed and the epoch alone. Returns one dict per epoch: loss,
@@ -325,8 +326,10 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False)
     """
     model.precision = recipe["precision"]
     optimizer = sgd(model, recipe)
-    history = [] if fresh else _resume(state_file, model, optimizer, recipe)
+    history, best = ([], None) if fresh else _resume(state_file, model, optimizer, recipe)
     for epoch in range(len(history), recipe["epochs"]):
+        if kept_epoch(history, guard) < len(history):
+            break
         started = time.perf_counter()
         losses, share = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
         seconds = time.perf_counter() - started
@@ -334,14 +337,31 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False)
                   **evaluate(model)}
         _refuse_infinite(losses, scores, epoch, recipe)
         history.append(scores)
-        write_torch(state_file, {"recipe": recipe, "history": history, "model": model.state_dict(),
-                                 "optimizer": optimizer.state_dict()})
+        if guard and scores[guard] == max(epoch[guard] for epoch in history):
+            best = copy.deepcopy(model.state_dict())
+        write_torch(state_file, {"recipe": recipe, "history": history, "best": best,
+                                 "model": model.state_dict(), "optimizer": optimizer.state_dict()})
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         left = (recipe["epochs"] - epoch - 1) * (time.perf_counter() - started) / 60
         print(f"epoch {epoch + 1}/{recipe['epochs']}  {numbers}  {left:.0f} min left",
               file=sys.stderr, flush=True)
+    kept = kept_epoch(history, guard)
+    if kept < len(history):
+        model.load_state_dict(best)
+        print(f"{guard} collapsed in epoch {len(history)}: back to the weights of epoch {kept}")
     model.eval()
     return history
+
+
+def kept_epoch(history, guard):
+    """Number of the epoch whose weights training ends with: the last, or the best by `guard`.
+
+    The best, where the guarded score has fallen below half of its best, and that was above a tenth.
+    """
+    scores = [epoch[guard] for epoch in history] if guard else []
+    if scores and max(scores) > 0.1 and scores[-1] < max(scores) / 2:
+        return len(scores) - scores[::-1].index(max(scores))
+    return len(history)
 
 
 def train_epoch(model, optimizer, data, step, batches, recipe, epoch):
@@ -392,9 +412,9 @@ def _refuse_infinite(losses, scores, epoch, recipe):
 
 
 def _resume(state_file, model, optimizer, recipe):
-    """History of the epochs in the state file, loaded into model and optimizer; [] without one."""
+    """History and best weights in the state file, whose rest goes to model and optimizer."""
     if not Path(state_file).exists():
-        return []
+        return [], None
     with opened(state_file, "the same command with --fresh") as content:
         state = load_torch(content)
         before = state["recipe"]
@@ -405,9 +425,9 @@ def _resume(state_file, model, optimizer, recipe):
                             "use those again, or start over with --fresh")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        history = list(state["history"])
+        history, best = list(state["history"]), state["best"]
     print(f"Going on after epoch {len(history)} from {state_file}", file=sys.stderr)
-    return history
+    return history, best
 
 
 # ---- Question 2: maps and other figures ---------------------------------------------------------
@@ -474,10 +494,10 @@ def plot_lines(path, x, lines, xlabel, ylabel):
     save_figure(figure, path)
 
 
-def plot_history(path, history, names, ylabel):
+def plot_history(path, history, names, ylabel, xlabel="epoch"):
     """Curves over the epochs of what `train` returns. names: dict from its keys to labels."""
     lines = {label: [epoch[key] for epoch in history] for key, label in names.items()}
-    plot_lines(path, range(1, len(history) + 1), lines, "epoch", ylabel)
+    plot_lines(path, range(1, len(history) + 1), lines, xlabel, ylabel)
 
 
 def plot_maps(path, panels, limits_of):
@@ -512,15 +532,23 @@ def perturb(images, generator):
     Every image draws its own values, from the distributions of torchvision's ColorJitter (the order
     of its four steps included) and RandomRotation (nearest neighbour, black corners).
     """
-    number, _, height, width = images.shape
+    jitter, angles, full = draw_perturbation(len(images), images[0, 0].numel(), generator)
+    return set_to_full(rotate(color_jitter(images, *jitter), angles), *full)
+
+
+def draw_perturbation(number, pixels_per_image, generator):
+    """What `perturb` draws for so many images, as arguments of its three parts.
+
+    (factors, order) for color_jitter, angles for rotate, (channels, pixels) for set_to_full.
+    """
     low = {name: -size if name == "hue" else 1 - size for name, size in JITTER.items()}
     factors = {name: torch.empty(number).uniform_(low[name], low[name] + 2 * JITTER[name],
                                                   generator=generator) for name in JITTER}
     order = torch.rand(number, 4, generator=generator).argsort(1)
     angles = torch.empty(number).uniform_(-MAX_ROTATION, MAX_ROTATION, generator=generator)
-    pixels = torch.rand(number, height * width, generator=generator).topk(NUM_PIXELS, dim=1).indices
+    pixels = torch.rand(number, pixels_per_image, generator=generator).topk(NUM_PIXELS).indices
     channels = torch.randint(0, 3, (number, NUM_PIXELS), generator=generator)
-    return set_to_full(rotate(color_jitter(images, factors, order), angles), channels, pixels)
+    return (factors, order), angles, (channels, pixels)
 
 
 def perturbed_images(images, part, seed):
@@ -598,6 +626,13 @@ PGD_STEP_SIZE = 2 / 255
 def summed_cross_entropy(logits, labels):
     """The loss that attacks on a classifier raise. Summed: no gradient depends on the batch."""
     return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def summed_margin(logits, labels):
+    """By how much the best other class is ahead (Carlini & Wagner 2017), summed over the images."""
+    true = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return (others.amax(1, keepdim=True) - true).sum()
 
 
 def most_likely(logits):
@@ -697,33 +732,39 @@ def _matching_batches(*tensors):
 # ---- Question 3: accuracy under attack ----------------------------------------------------------
 
 CHECKED_IMAGES = 1_000  # on which the checks for a flawed attack are made
+STRONGEST_IMAGES = 2_000  # which are attacked on more than one loss
 
 
-def robustness(model, exact, images, perturbed, labels, seed, loss=summed_cross_entropy,
-               decide=most_likely):
+def robustness(model, exact, images, perturbed, labels, seed,
+               losses=(summed_cross_entropy, summed_margin), decide=most_likely):
     """A model's accuracy under every test condition, each attack at EPSILON of its norm.
 
     model and exact: the network, `frozen` in the precision to measure in and, to check that, in
-    float32. Returns a dict: `accuracy` (by CONDITIONS; L-infinity), `accuracy_l2` (fgm,
-    perturbed_fgm), `pgd_by_step` (see pgd_accuracy_by_step), `checks`, `warnings` (attack_checks).
+    float32; losses: FGM and PGD raise the first, the strongest attack raises one after the other.
+    Returns a dict: `accuracy` (by CONDITIONS; L-infinity), `accuracy_l2` (fgm, perturbed_fgm),
+    `pgd_by_step` (see pgd_accuracy_by_step), `checks`, `warnings` (attack_checks).
     """
-    attacks = list(EPSILON.items())
+    attacks, loss = list(EPSILON.items()), losses[0]
     clean, fgm, fgm_l2 = fgm_accuracies(model, images, labels, attacks, loss, decide)
     shifted, both, both_l2 = fgm_accuracies(model, perturbed, labels, attacks, loss, decide)
     by_step = pgd_accuracy_by_step(model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS,
                                    loss, decide)
+    strongest = strongest_accuracy(model, images[:STRONGEST_IMAGES], labels[:STRONGEST_IMAGES],
+                                   losses, decide)
     values = {"clean": clean, "perturbed": shifted, "fgm": fgm, "perturbed_fgm": both,
-              "pgd": by_step[-1]}
+              "pgd": by_step[-1], "strongest": strongest}
     checks, warnings = attack_checks(model, exact, images, labels, values, seed, loss, decide)
     return {"accuracy": values, "accuracy_l2": {"fgm": fgm_l2, "perturbed_fgm": both_l2},
-            "pgd_by_step": by_step, "checks": checks, "warnings": warnings}
+            "strongest_images": min(STRONGEST_IMAGES, len(images)), "pgd_by_step": by_step,
+            "checks": checks, "warnings": warnings}
 
 
-def measured_on_test(network, test, args, loss=summed_cross_entropy, decide=most_likely):
+def measured_on_test(network, test, args, losses=(summed_cross_entropy, summed_margin),
+                     decide=most_likely):
     """`robustness` of a Network on the test part: uint8 images and labels."""
     images, perturbed = as_float(test[0]), perturbed_images(test[0], "test", args.seed)
     model, exact = (frozen(network, precision) for precision in (args.precision, "float32"))
-    return robustness(model, exact, images, perturbed, test[1], args.seed, loss, decide)
+    return robustness(model, exact, images, perturbed, test[1], args.seed, losses, decide)
 
 
 def fgm_accuracies(model, images, labels, attacks, loss=summed_cross_entropy, decide=most_likely):
@@ -749,6 +790,20 @@ def pgd_accuracy_by_step(model, images, labels, eps, step_size, steps, loss=summ
     return [(fooled_after > step).sum().item() / len(images) for step in range(steps + 1)]
 
 
+def strongest_accuracy(model, images, labels, losses, decide):
+    """Share of images that PGD in L-infinity at EPSILON fools on none of the losses.
+
+    Each loss attacks what the ones before have left. Cross-entropy alone overstates: its gradient
+    vanishes where the model is sure, that of a margin does not (Carlini & Wagner 2017).
+    """
+    number = len(images)
+    for loss in losses:
+        _, fooled_after = attack(model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS,
+                                 "linf", loss, decide)
+        images, labels = images[fooled_after > PGD_STEPS], labels[fooled_after > PGD_STEPS]
+    return len(images) / number
+
+
 def attack_checks(model, exact, images, labels, values, seed, loss, decide):
     """Signs that robust accuracy is too good to be true (Athalye et al. 2018; Carlini et al. 2019).
 
@@ -770,8 +825,8 @@ def attack_checks(model, exact, images, labels, values, seed, loss, decide):
         (fgm - pgd > 0.1 and fgm > 0.5 * values["clean"],
          f"FGM ({percent(fgm)}) is far weaker than PGD ({percent(pgd)}): its accuracy says little "
          "about robustness (catastrophic overfitting looks like this)."),
-        (noise <= fgm,
-         f"Random noise (accuracy {percent(noise)}) hurts as much as FGM ({percent(fgm)})."),
+        (noise <= measured, f"Random noise (accuracy {percent(noise)}) hurts as much as FGM "
+                            f"({percent(measured)}) on the same images."),
         (unbounded > 1 / len(CLASSES), f"Accuracy is {percent(unbounded)} under PGD with eps = 1, "
                                        "where none should be above chance."),
         (measured - in_float32 > 0.01,
@@ -1066,13 +1121,13 @@ def save_checkpoint(path, model, *, stem, provenance):
                               "provenance": provenance, "weights": weights})
 
 
-def save_trained(folder, name, model, history, recipe, origin):
+def save_trained(folder, name, model, history, recipe, origin, guard=None):
     """Write a trained model's checkpoint; returns what metrics.json says of how it was made."""
     digest = save_checkpoint(folder / f"{name}.pt", model, stem=recipe["stem"],
                              provenance={**origin, "recipe": recipe})
     seconds = round(sum(epoch["seconds"] for epoch in history), 2)
     return {"file": f"{name}.pt", "sha256": digest, "recipe": recipe, "history": history,
-            "training_seconds": seconds}
+            "epoch_kept": kept_epoch(history, guard), "training_seconds": seconds}
 
 
 def read_checkpoint(path, made_by="the script of its question", split=None):
@@ -1189,7 +1244,7 @@ def measured_before(args, split):
 # ---- Tables -------------------------------------------------------------------------------------
 
 CONDITIONS = {"clean": "clean", "perturbed": "perturbed", "fgm": "FGM",
-              "perturbed_fgm": "perturbed + FGM", "pgd": "PGD-20"}
+              "perturbed_fgm": "perturbed + FGM", "pgd": "PGD-20", "strongest": "strongest"}
 
 
 def percent(share):
@@ -1199,9 +1254,18 @@ def percent(share):
 
 def condition_rows(models):
     """Header and rows of the table of accuracies. models: as under `models` in metrics.json."""
-    return ["model", *CONDITIONS.values()], [
-        [name, *(percent(model["accuracy"][key]) for key in CONDITIONS)]
-        for name, model in models.items()]
+    header, rows = ["model", *CONDITIONS.values()], []
+    for name, model in models.items():
+        cells = {key: percent(model["accuracy"][key]) for key in CONDITIONS}
+        error = standard_error(model["accuracy"]["strongest"], model["strongest_images"])
+        cells["strongest"] += f" ± {100 * error:.1f}"
+        rows.append([name, *cells.values()])
+    return header, rows
+
+
+def standard_error(share, number):
+    """Of an accuracy on so many images (binomial)."""
+    return math.sqrt(share * (1 - share) / number)
 
 
 def print_conditions(title, models):

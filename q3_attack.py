@@ -5,6 +5,8 @@ every image draws its own values, and the seed makes them the same images in eve
 the Fast Gradient Method in pixel space, with epsilon 8/255 in L-infinity and 0.5 in L2. PGD with 20
 steps is the check that FGM's number is not an artefact of masked gradients.
 
+The attack called strongest raises the margin of the best wrong class where cross-entropy fails.
+
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10
 Writes  results/q3: figure07_examples.png, figure08_umap.png, curves of FGM over epsilon and of PGD
         over steps, metrics.json
@@ -34,15 +36,19 @@ def main():
         measured = common.measured_on_test(checkpoint["model"], data["test"], args)
     with common.timed(seconds, "curve"):
         by_eps = accuracy_by_epsilon(model, images[:CURVE_IMAGES], labels[:CURVE_IMAGES])
+        by_part = accuracy_by_part(model, *data["test"], args.seed)
     draw_curves(folder, by_eps, measured["pgd_by_step"])
     with common.timed(seconds, "umap"):
         map_sha256 = draw_maps(folder, model, data, images, perturbed, args.seed)
 
-    models = {common.CROSS_ENTROPY: {**measured, "fgm_by_eps": by_eps, "stem": checkpoint["stem"]}}
+    models = {common.CROSS_ENTROPY: {**measured, "fgm_by_eps": by_eps, "by_part": by_part,
+                                     "stem": checkpoint["stem"]}}
     common.write_metrics(folder, origin, {
         "models": models, "n_test": len(labels), "epsilon": common.EPSILON,
         "umap_sha256": map_sha256, "seconds": seconds})
     common.print_conditions("Question 3: the model of question 2 on unseen images", models)
+    print("Under each part of the perturbation alone: " + ", ".join(
+        f"{part} {common.percent(share)}" for part, share in by_part.items()))
 
 
 def accuracy_by_epsilon(model, images, labels):
@@ -50,6 +56,25 @@ def accuracy_by_epsilon(model, images, labels):
     attacks = [("linf", eps) for eps in CURVE_EPSILONS]
     accuracies = common.fgm_accuracies(model, images, labels, attacks)
     return {"eps": [0, *CURVE_EPSILONS], "accuracy": accuracies, "images": len(images)}
+
+
+def accuracy_by_part(model, images, labels, seed):
+    """Accuracy under each part of the perturbation alone, with the values that the mixture has.
+
+    images uint8. Returns a dict from part to a share.
+    """
+    generator = common.generator_for(seed, "perturbed test")
+    right = {"colour jitter": 0, "rotation": 0, "pixels": 0}
+    size = common.EVALUATION_BATCH
+    for batch, target in zip(images.split(size), labels.split(size), strict=True):
+        batch = common.as_float(batch)
+        jitter, angles, full = common.draw_perturbation(len(batch), batch[0, 0].numel(), generator)
+        parts = {"colour jitter": common.color_jitter(batch, *jitter),
+                 "rotation": common.rotate(batch, angles),
+                 "pixels": common.set_to_full(batch, *full)}
+        for part, changed in parts.items():
+            right[part] += (common.predict(model, changed) == target).sum()
+    return {part: number.item() / len(labels) for part, number in right.items()}
 
 
 def draw_curves(folder, by_eps, by_step):

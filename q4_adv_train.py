@@ -34,6 +34,7 @@ RECIPES = {  # searched on validation: docs/recipes.md. Both models share all bu
 }
 LABEL_SMOOTHING = 0.1
 PGD_IMAGES = 250  # the first validation images, attacked after every epoch
+GUARD = "val_pgd"  # accuracy on them, at whose collapse training stops
 
 
 def main():
@@ -55,7 +56,7 @@ def main():
         history = train_variant(networks[title], step, data, own_recipe,
                                 folder / f"training_{name}.pt", args.fresh)
         models[title] = common.save_trained(folder, name, networks[title], history, own_recipe,
-                                            origin)
+                                            origin, GUARD)
         draw_curves(folder, name, history)
     for title, (name, *_) in variants(recipe).items():
         with common.timed(seconds, f"attack {name}"):
@@ -104,6 +105,8 @@ def train_variant(model, step, data, recipe, state_file, fresh):
     """Train the model in place on what `step` makes of the images; returns the history.
 
     After each epoch it is scored on perturbed validation images, the first of them under PGD too.
+    Where that score collapses, training stops and its best epoch's weights come back: an epoch
+    chosen on validation.
     """
     images, labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
     images = common.perturbed_images(images, "val", recipe["seed"])
@@ -113,10 +116,10 @@ def train_variant(model, step, data, recipe, state_file, fresh):
         pgd = common.pgd_accuracy_by_step(model, images[:PGD_IMAGES], labels[:PGD_IMAGES],
                                           common.EPSILON["linf"], common.PGD_STEP_SIZE,
                                           common.PGD_STEPS)[-1]
-        return {**common.validation_scores(model, images, labels), "val_pgd": pgd}
+        return {**common.validation_scores(model, images, labels), GUARD: pgd}
 
     return common.train(model, data["train"], step, common.shuffled_batches, evaluate, recipe,
-                        state_file, fresh)
+                        state_file, fresh, GUARD)
 
 
 def step_on_perturbed(model, images, labels, generator, recipe):
@@ -159,12 +162,14 @@ def loss_and_correct(model, images, labels, recipe):
 
 def draw_curves(folder, name, history):
     """Figures 9 and 10: accuracy, with PGD-20's, and loss per epoch."""
+    kept = common.kept_epoch(history, GUARD)
+    xlabel = "epoch" if kept == len(history) else f"epoch; the weights are those of epoch {kept}"
     common.plot_history(folder / f"figure09_accuracy_{name}.png", history,
                         {"accuracy": "train, as trained on", "val_accuracy": "perturbed validation",
-                         "val_pgd": "perturbed validation, PGD-20"}, "accuracy")
+                         GUARD: "perturbed validation, PGD-20"}, "accuracy", xlabel)
     common.plot_history(folder / f"figure10_loss_{name}.png", history,
                         {"loss": "train, as trained on", "val_loss": "perturbed validation"},
-                        "cross-entropy")
+                        "cross-entropy", xlabel)
 
 
 def draw_maps(folder, name, model, data, seed):

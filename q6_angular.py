@@ -73,11 +73,13 @@ def main():
                          "accuracy_before_training": validation_accuracy(untrained, data)},
                  "retrieval": retrieval_quality(train, train_labels, test, data["test"][1]),
                  "neighbours": NEIGHBOURS}
-    loss, decide = soft_knn_loss(train, train_labels), knn_decision(train, train_labels)
+    losses = [soft_knn_loss(train, train_labels, of)
+              for of in (common.summed_cross_entropy, common.summed_margin)]
+    decide = knn_decision(train, train_labels)
     with common.timed(seconds, "attack"):
-        measured = common.measured_on_test(model, data["test"], args, loss, decide)
+        measured = common.measured_on_test(model, data["test"], args, losses, decide)
     with common.timed(seconds, "umap"):
-        draw_test_images(folder, trained, train, test, data, args.seed, loss, decide)
+        draw_test_images(folder, trained, train, test, data, args.seed, losses[0], decide)
 
     models = {MODEL: {**made, **votes, **measured}}
     common.write_metrics(folder, origin, {
@@ -215,20 +217,19 @@ def knn_decision(train, train_labels):
     return lambda output: vote(train, train_labels, F.normalize(output))
 
 
-def soft_knn_loss(train, train_labels):
-    """Minus log of the true class's share of all training images, weighted by exp(cosine /
-    TEMPERATURE).
+def soft_knn_loss(train, train_labels, loss=common.summed_cross_entropy):
+    """A loss of the soft vote: every training image counts exp(cosine / TEMPERATURE) for its class.
 
-    Returns a function of the model's output N x EMBEDDING and labels N, summed over the batch.
+    loss: of the logarithms of the ten sums; their cross-entropy is minus the logarithm of the true
+    class's share. Returns a function of the model's output N x EMBEDDING and labels.
     """
-    same_class = F.one_hot(train_labels).bool().T
+    one_hot = F.one_hot(train_labels).float()
 
-    def loss(output, labels):
-        logits = F.normalize(output) @ train.T / TEMPERATURE
-        of_true_class = logits.masked_fill(~same_class[labels], -torch.inf)
-        return (logits.logsumexp(1) - of_true_class.logsumexp(1)).sum()
+    def of_output(output, labels):
+        weights = (F.normalize(output) @ train.T / TEMPERATURE).exp()  # at most exp(10)
+        return loss((weights @ one_hot).log(), labels)
 
-    return loss
+    return of_output
 
 
 def retrieval_quality(train, train_labels, test, test_labels):

@@ -304,7 +304,7 @@ def linear_problem():
     return torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 
 
-def train_linear(model, state_file, step=None, evaluate=None, **changes):
+def train_linear(model, state_file, step=None, evaluate=None, guard=None, **changes):
     """common.train on `linear_problem`: three steps per epoch."""
 
     def cross_entropy(model, points, labels, generator, recipe):
@@ -318,6 +318,7 @@ def train_linear(model, state_file, step=None, evaluate=None, **changes):
         evaluate or (lambda model: {"val_accuracy": 0.5}),
         tiny_recipe(batch_size=4, **changes),
         state_file,
+        guard=guard,
     )
 
 

@@ -283,6 +283,47 @@ def test_catastrophic_overfitting_gives_a_warning():
     assert any("far weaker than PGD" in warning for warning in warnings)
 
 
+def test_the_strongest_attack_fools_what_any_of_its_losses_fools(network, images, labels):
+    sure = nn.Sequential(network, Scaled(1e5))  # cross-entropy is flat: its gradients are 0
+    labels = network(images).argmax(1)
+    losses = [common.summed_cross_entropy, common.summed_margin]
+    step = common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS
+    survives = torch.ones(600, dtype=torch.bool)
+    for loss in losses:
+        found = common.attack(sure, images, labels, *step, loss=loss, decide=common.most_likely)[1]
+        survives &= found > common.PGD_STEPS
+    together, alone = (
+        common.strongest_accuracy(sure, images, labels, tried, common.most_likely)
+        for tried in (losses, losses[:1])
+    )
+    assert together == survives.float().mean().item() < alone - 0.1
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits):
+        return self.factor * logits
+
+
+def test_the_margin_is_how_far_the_best_other_class_is_ahead():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, -1.0]], requires_grad=True)
+    margin = common.summed_margin(logits, torch.tensor([0, 2]))
+    assert margin.item() == (2 - 3) + (5 + 1)
+    margin.backward()
+    assert logits.grad.tolist() == [[-1, 0, 1], [0, 1, -1]]
+
+
+def test_robustness_counts_the_strongest_attack_on_the_first_images(matched, monkeypatch):
+    model, images, labels = matched
+    monkeypatch.setattr(common, "STRONGEST_IMAGES", 100)
+    measured = common.robustness(model, model, images, images, labels, seed=0)
+    assert measured["strongest_images"] == 100
+    assert measured["accuracy"]["strongest"] <= measured["accuracy"]["pgd"] + 0.05
+
+
 # ---- The attack in question 4's training -------------------------------------------------------
 
 

@@ -145,9 +145,9 @@ def test_evaluation_and_attacks_need_no_float64(parts):
         q3_attack.accuracy_by_epsilon(model, images, labels)
         common.backbone_features(model, images)
         train = F.normalize(torch.randn(60, 10))
-        loss = q6_angular.soft_knn_loss(train, torch.arange(60) % 10)
+        losses = [q6_angular.soft_knn_loss(train, torch.arange(60) % 10)]
         decide = q6_angular.knn_decision(train, torch.arange(60) % 10)
-        common.robustness(model, model, images, perturbed, labels, 0, loss, decide)
+        common.robustness(model, model, images, perturbed, labels, 0, losses, decide)
 
 
 def test_retrieval_is_scored_on_the_cpu(monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 import common
 import helpers
 import q2_train_ce
+import q4_adv_train
 import q6_angular
 
 
@@ -439,3 +440,60 @@ def test_batches_of_question_6_hold_equally_many_images_of_each_class_and_every_
     assert torch.equal(torch.stack(batches), torch.stack(again)) and not torch.equal(
         torch.stack(batches), torch.stack(other)
     )
+
+
+# ---- Collapse ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scores, kept",
+    [
+        ([], 0),
+        ([0.1, 0.2, 0.3], 3),
+        ([0.3, 0.4, 0.2], 3),  # half of the best is not below it
+        ([0.3, 0.4, 0.19], 2),
+        ([0.4, 0.3, 0.4, 0.19], 3),
+        ([0.1, 0.01], 2),  # a best of a tenth says nothing
+    ],
+)
+def test_the_epoch_that_is_kept(scores, kept):
+    history = [{"val_pgd": score} for score in scores]
+    assert common.kept_epoch(history, "val_pgd") == kept
+    assert common.kept_epoch(history, None) == len(scores)
+
+
+def test_a_training_that_collapses_stops_and_goes_back_to_its_best_epoch(tmp_path, capsys):
+    scores = iter([0.2, 0.4, 0.3, 0.1, 0.9])
+    seen = []
+
+    def evaluate(model):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"score": next(scores)}
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    arguments = {"evaluate": evaluate, "epochs": 9, "guard": "score"}
+    history = helpers.train_linear(model, tmp_path / "training.pt", **arguments)
+    assert [epoch["score"] for epoch in history] == [0.2, 0.4, 0.3, 0.1]
+    helpers.assert_same_bits(dict(model.state_dict()), seen[1])
+    assert "back to the weights of epoch 2" in capsys.readouterr().out
+
+    again = nn.Linear(4, 2)  # a later call neither trains on nor forgets
+    assert helpers.train_linear(again, tmp_path / "training.pt", **arguments) == history
+    helpers.assert_same_bits(dict(again.state_dict()), seen[1])
+
+
+def test_question_4_notices_that_its_training_collapses(tmp_path, monkeypatch):
+    """PGD accuracy of a network that learns and then is driven apart by a rate far too large."""
+    measured = iter([0.3, 0.31, 0.05])
+    monkeypatch.setattr(common, "pgd_accuracy_by_step", lambda *arguments: [next(measured)])
+    model = common.resnet18(10, "imagenet")
+    history = q4_adv_train.train_variant(
+        model,
+        q4_adv_train.step_on_attacked,
+        helpers.tiny_data(),
+        helpers.tiny_recipe(epochs=5, noise=1e-9),
+        tmp_path / "training.pt",
+        fresh=False,
+    )
+    assert len(history) == 3 and common.kept_epoch(history, q4_adv_train.GUARD) == 2

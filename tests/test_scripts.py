@@ -55,7 +55,7 @@ FILES = {
         "figure16_umap.png",
     },
 }
-CONDITIONS = {"clean", "perturbed", "fgm", "perturbed_fgm", "pgd"}
+CONDITIONS = {"clean", "perturbed", "fgm", "perturbed_fgm", "pgd", "strongest"}
 EPOCHS = {"q1": 0, "q2": 2, "q3": 0, "q4": 4, "q6": 2}  # in all trainings of a script
 
 each_question = pytest.mark.parametrize("question", helpers.SCRIPTS)
