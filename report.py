@@ -10,6 +10,7 @@ Run     python report.py
 
 import base64
 import html
+import math
 
 import common
 
@@ -137,7 +138,9 @@ def training_section(q2):
         ("figure", "q2/figure03_accuracy.png", "Figure 3: accuracy per epoch."),
         ("figure", "q2/figure04_loss.png", "Figure 4: loss per epoch."),
         ("text", f"The hardest class on test is {hardest} ({common.percent(per_class[hardest])}), "
-                 f"the easiest {easiest} ({common.percent(per_class[easiest])})."),
+                 f"the easiest {easiest} ({common.percent(per_class[easiest])})."
+                 if shows(per_class[hardest], per_class[easiest], q2["n_test"] // 10) else
+                 "That one class is harder than another does not show."),
         ("table", ["class", "test accuracy"],
          [[name, common.percent(value)] for name, value in per_class.items()]),
         ("figure", "q2/confusion_test.png", "Confusion matrix on test."),
@@ -150,7 +153,9 @@ def training_section(q2):
 
 def attack_section(q3):
     model, = q3["models"].values()
-    value, checks = model["accuracy"], model["checks"]
+    value, checks, number = model["accuracy"], model["checks"], q3["n_test"]
+    parts = [[part, common.percent(share)] for part, share in model["by_part"].items()]
+    worst = min(model["by_part"], key=model["by_part"].get)
     return [
         ("heading", "Question 3: perturbation and attack"),
         ("text", "Asked: perturb unseen images, attack with the Fast Gradient Method, compare. "
@@ -159,14 +164,17 @@ def attack_section(q3):
         ("figure", "q3/figure07_examples.png",
          "Figure 7: original, perturbed and attacked test images with the predicted class."),
         conditions_table(q3["models"]),
-        ("text", f"Perturbation costs {points(value['clean'] - value['perturbed'])}, FGM "
-                 f"{points(value['clean'] - value['fgm'])}, both together "
-                 f"{points(value['clean'] - value['perturbed_fgm'])}. In L2 with epsilon = 0.5, "
-                 f"FGM leaves {common.percent(model['accuracy_l2']['fgm'])}. Random noise of FGM's "
-                 f"size leaves {common.percent(checks['noise'])} ({checks['images']} images): the "
-                 f"direction matters, not the size. PGD-20 leaves {common.percent(value['pgd'])}, "
-                 f"{points(value['fgm'] - value['pgd'])} below FGM: that gap is what one step "
-                 "misses, and FGM alone would flatter the model by it."),
+        ("text", " ".join([
+            effect("Perturbation", value["clean"], value["perturbed"], number),
+            effect("FGM", value["clean"], value["fgm"], number),
+            effect("Both together", value["clean"], value["perturbed_fgm"], number),
+            "In L2 with epsilon = 0.5, FGM leaves "
+            f"{common.percent(model['accuracy_l2']['fgm'])}."])),
+        ("table", ["part of the perturbation, alone", "accuracy"],
+         [*parts, ["all three", common.percent(value["perturbed"])]]),
+        ("text", f"Alone, {worst} costs most. "
+                 + effect(worst.capitalize(), value["clean"], model["by_part"][worst], number)),
+        *attack_sentences(model, number),
         ("text", f"Precision: on the first {checks['images']} images FGM leaves "
                  f"{common.percent(checks['fgm'])} as measured and "
                  f"{common.percent(checks['fgm_float32'])} with float32 arithmetic throughout."),
@@ -175,27 +183,29 @@ def attack_section(q3):
          f"FGM over epsilon, on {model['fgm_by_eps']['images']} test images."),
         ("figure", "q3/pgd_by_step.png", "PGD over its number of steps, on all test images."),
         ("figure", "q3/figure08_umap.png", "Figure 8: perturbed and attacked test images in the "
-         "map of figure 5. A colour on another's island is an image in the wrong class's place."),
+         "map of figure 5. A colour on another's island is an image in the wrong class's place; "
+         "those that are misclassified when clean lie there, too."),
     ]
 
 
 def adversarial_section(q4):
     (without, plain), (with_fgm, robust) = q4["models"].items()
-    clean_cost = plain["accuracy"]["clean"] - robust["accuracy"]["clean"]
-    gap = robust["accuracy"]["fgm"] - robust["accuracy"]["pgd"]
     blocks = [
         ("heading", "Question 4: training on perturbed and attacked data"),
         ("text", "Asked: train on data perturbed as in question 3, without and with FGM in the "
                  f"loop. Done: {without}: {described(plain['recipe'])}; {with_fgm}: "
                  f"{described(robust['recipe'])}. First weights: {q4['init']}. The attack in the "
-                 f"loop is N-FGSM (de Jorge et al. 2022) with noise of "
+                 "loop is N-FGSM (de Jorge et al. 2022) with noise of "
                  f"{robust['recipe']['noise']:g} epsilons against catastrophic overfitting."),
         conditions_table(q4["models"]),
-        ("text", "FGM in the loop moves accuracy on perturbed images under FGM from "
-                 f"{common.percent(plain['accuracy']['perturbed_fgm'])} to "
-                 f"{common.percent(robust['accuracy']['perturbed_fgm'])} and costs "
-                 f"{points(clean_cost)} on clean images. PGD-20 leaves "
-                 f"{common.percent(robust['accuracy']['pgd'])}, {points(gap)} below FGM."),
+        ("text", "FGM in the loop, against training without it. "
+                 + effect("On perturbed images under FGM it", plain["accuracy"]["perturbed_fgm"],
+                          robust["accuracy"]["perturbed_fgm"], q4["n_test"])
+                 + " " + effect("On clean images it", plain["accuracy"]["clean"],
+                                robust["accuracy"]["clean"], q4["n_test"])),
+        *[("text", f"{title}: {overfitting(model)}") for title, model in q4["models"].items()],
+        ("text", f"The attacks on {with_fgm}:"),
+        *attack_sentences(robust, q4["n_test"]),
         *warnings_of(q4["models"]),
     ]
     for title, model in q4["models"].items():
@@ -214,7 +224,7 @@ def adversarial_section(q4):
 
 def angular_section(q6):
     model, = q6["models"].values()
-    val, checks = model["val"], model["checks"]
+    val = model["val"]
     return [
         ("heading", "Question 6: the angular loss"),
         ("text", "Asked: the same with the angular loss and a pretrained ResNet-18, on clean data "
@@ -224,9 +234,7 @@ def angular_section(q6):
                  "a random last layer, before training, it is "
                  f"{common.percent(val['accuracy_before_training'])}."),
         conditions_table(q6["models"]),
-        ("text", f"Random noise of FGM's size leaves {common.percent(checks['noise'])} "
-                 f"({checks['images']} images), FGM on the soft k-NN loss "
-                 f"{common.percent(model['accuracy']['fgm'])}: the attack acts on the vote."),
+        *attack_sentences(model, q6["n_test"]),
         *warnings_of(q6["models"]),
         ("table", ["retrieval among the training embeddings", "test"],
          [[name.replace("_", " "), f"{value:.4f}"] for name, value in model["retrieval"].items()]),
@@ -247,23 +255,32 @@ def comparison(found):
               for name, model in found[question]["models"].items()}
     if len(models) < 2:
         return []
+    number = min(metrics["n_test"] for metrics in found.values())
     best = []
     for key, title in common.CONDITIONS.items():
-        name = max(models, key=lambda model, key=key: models[model]["accuracy"][key])
-        best.append(f"{title}: {name}, {common.percent(models[name]['accuracy'][key])}")
+        shares = {name: model["accuracy"][key] for name, model in models.items()}
+        images = min(model["strongest_images"] for model in models.values())
+        images = images if key == "strongest" else number
+        first = max(shares, key=shares.get)
+        ties = [name for name in shares if not shows(shares[name], shares[first], images)]
+        best.append(f"{title}: " + " or ".join(f"{name} ({common.percent(shares[name])})"
+                                               for name in ties))
     epochs = [f"{name} {model['recipe']['epochs']} from {metrics.get('init', 'random weights')}"
               for question, metrics in found.items() if question != "q3"
               for name, model in metrics.get("models", {}).items()]
     blocks = [("heading", "Comparison of all models"), conditions_table(models),
               ("text", f"Epochs of training behind these numbers: {', '.join(epochs)}. Those of a "
                        "model that began with another's weights come on top of that model's."),
-              ("text", "Best under each condition: " + "; ".join(best) + ".")]
+              ("text", "Best under each condition, and what is not more than two standard errors "
+                       "behind: " + "; ".join(best) + ".")]
     reference, *others = models
     for name in others:
         changes = []
         for key, title in common.CONDITIONS.items():
-            change = models[name]["accuracy"][key] - models[reference]["accuracy"][key]
-            changes.append(f"{title} {100 * change:+.1f}")
+            before, after = (models[model]["accuracy"][key] for model in (reference, name))
+            images = models[name]["strongest_images"] if key == "strongest" else number
+            change = f"{title} {100 * (after - before):+.1f}"
+            changes.append(change if shows(before, after, images) else f"{change} (does not show)")
         blocks.append(("text", f"{name} against {reference}, in points: {', '.join(changes)}."))
     return blocks
 
@@ -291,6 +308,60 @@ def minutes(metrics):
     return sum([*metrics["seconds"].values(), *trainings]) / 60
 
 
+def shows(first, second, number):
+    """Whether two accuracies on so many images differ by two standard errors or more."""
+    error = math.hypot(*(common.standard_error(share, number) for share in (first, second)))
+    return first != second and abs(first - second) >= 2 * error
+
+
+def effect(cause, before, after, number):
+    """A sentence on what takes an accuracy from `before` to `after`, on so many images each."""
+    points = 100 * (after - before)
+    if not shows(before, after, number):
+        return f"{cause} changes it by {points:+.1f} points, which does not show."
+    verb = "gains" if points > 0 else "costs"
+    return f"{cause} {verb} {abs(points):.1f} points."
+
+
+def attack_sentences(model, number):
+    """What noise, more steps and another loss do beside FGM, each said as its numbers allow."""
+    value, checks, masked = model["accuracy"], model["checks"], bool(model["warnings"])
+    noise, fgm = checks["noise"], checks["fgm"]
+    said = (f"Random noise of FGM's size leaves {common.percent(noise)} of the first "
+            f"{checks['images']} images, FGM {common.percent(fgm)} of the same: ")
+    if not shows(noise, fgm, checks["images"]):
+        said += "that the direction matters does not show."
+    else:
+        said += ("the direction matters, not the size." if noise > fgm else
+                 "noise is the stronger, so that the gradient says little here.")
+    gap = 100 * (value["fgm"] - value["pgd"])
+    steps = f"PGD-20 leaves {common.percent(value['pgd'])}, "
+    if not shows(value["fgm"], value["pgd"], number):
+        steps += f"{gap:+.1f} points from FGM's, which does not show."
+    elif gap < 0:
+        steps += f"{-gap:.1f} points more than FGM: more steps attack less well here."
+    else:
+        steps += f"{gap:.1f} points below FGM" + (
+            "." if masked else ": that gap is what one step misses.")
+    images = model["strongest_images"]
+    last = 100 * common.standard_error(value["strongest"], images)
+    strongest = (f"The strongest attack, PGD on a margin after PGD on cross-entropy, leaves "
+                 f"{common.percent(value['strongest'])} ± {last:.1f} of the first {images} images.")
+    return [("text", " ".join([said, steps, strongest]))]
+
+
+def overfitting(model):
+    """What PGD accuracy on validation tells of the training."""
+    history, kept = model["history"], model["epoch_kept"]
+    best, last = max(epoch["val_pgd"] for epoch in history), history[-1]["val_pgd"]
+    if kept < len(history):
+        return (f"training collapsed in epoch {len(history)}, where PGD-20 accuracy on validation "
+                f"fell from {common.percent(best)} to {common.percent(last)}; the weights are "
+                f"those of epoch {kept}, chosen on validation.")
+    return (f"PGD-20 accuracy on validation was {common.percent(last)} after the last epoch, "
+            f"{common.percent(best)} at best.")
+
+
 def described(recipe):
     """A recipe in words."""
     return (f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, SGD with Nesterov momentum, "
@@ -305,10 +376,6 @@ def conditions_table(models):
 def warnings_of(models):
     return [("text", f"Warning, {name}: {warning}") for name, model in models.items()
             for warning in model["warnings"]]
-
-
-def points(difference):
-    return f"{100 * difference:.1f} points"
 
 
 # ---- The two forms -------------------------------------------------------------------------------

@@ -1,0 +1,181 @@
+"""The sentences of the report: each is chosen by the sign, size and error of its numbers."""
+
+import copy
+
+import pytest
+
+import common
+import report
+
+CLEAN = {
+    "clean": 0.85,
+    "perturbed": 0.76,
+    "fgm": 0.31,
+    "perturbed_fgm": 0.19,
+    "pgd": 0.03,
+    "strongest": 0.02,
+}
+ROBUST = {
+    "clean": 0.66,
+    "perturbed": 0.62,
+    "fgm": 0.42,
+    "perturbed_fgm": 0.37,
+    "pgd": 0.37,
+    "strongest": 0.33,
+}
+RECIPE = {
+    "epochs": 16,
+    "batch_size": 64,
+    "lr": 0.1,
+    "stem": "stride2",
+    "precision": "float32",
+    "device": "cpu",
+    "noise": 2.0,
+}
+
+
+def model(accuracy, **changes):
+    """What metrics.json tells of a model with these accuracies."""
+    return {
+        "accuracy": dict(accuracy),
+        "accuracy_l2": {"fgm": 0.4, "perturbed_fgm": 0.3},
+        "strongest_images": 2000,
+        "checks": {"noise": 0.8, "fgm": 0.31, "fgm_float32": 0.31, "images": 1000},
+        "warnings": [],
+        "recipe": RECIPE,
+        "history": [{"val_pgd": 0.2}, {"val_pgd": 0.33}],
+        "epoch_kept": 2,
+        "file": "model.pt",
+        **changes,
+    }
+
+
+def text_of(blocks):
+    return "\n".join(
+        block[1] for block in blocks if block[0] == "text" and isinstance(block[1], str)
+    )
+
+
+def question_3(accuracy=CLEAN, **changes):
+    by_part = {"colour jitter": 0.8, "rotation": 0.82, "pixels": 0.84}
+    extra = {"by_part": by_part, "fgm_by_eps": {"images": 4000}}
+    return {"n_test": 24_000, "models": {"m": model(accuracy, **extra, **changes)}}
+
+
+def question_4(robust=ROBUST, **changes):
+    models = {"without": model(CLEAN), "with": model(robust, **changes)}
+    return {"n_test": 24_000, "init": "q2", "models": models}
+
+
+def changed(accuracy, **values):
+    return {**accuracy, **values}
+
+
+@pytest.mark.parametrize(
+    "perturbed, sentence",
+    [
+        (0.76, "Perturbation costs 9.0 points."),
+        (0.87, "Perturbation gains 2.0 points."),
+        (0.849, "Perturbation changes it by -0.1 points, which does not show."),
+    ],
+)
+def test_what_perturbation_does_is_said_by_sign_and_error(perturbed, sentence):
+    assert sentence in text_of(
+        report.attack_section(question_3(changed(CLEAN, perturbed=perturbed)))
+    )
+
+
+@pytest.mark.parametrize(
+    "noise, said, not_said",
+    [
+        (0.8, "the direction matters, not the size", "does not show"),
+        (0.32, "that the direction matters does not show", "not the size"),
+        (0.2, "noise is the stronger", "the direction matters"),
+    ],
+)
+def test_that_the_direction_matters_is_said_only_where_noise_is_weaker(noise, said, not_said):
+    checks = {"noise": noise, "fgm": 0.31, "fgm_float32": 0.31, "images": 1000}
+    for text in (
+        text_of(report.attack_section(question_3(checks=checks))),
+        text_of(report.attack_sentences(model(CLEAN, checks=checks), 24_000)),
+    ):
+        assert said in text and not_said not in text.split("PGD-20 leaves")[0].split("Random")[1]
+
+
+@pytest.mark.parametrize(
+    "pgd, said",
+    [
+        (0.03, "28.0 points below FGM: that gap is what one step misses"),
+        (0.312, "-0.2 points from FGM's, which does not show"),
+        (0.35, "4.0 points more than FGM: more steps attack less well"),
+    ],
+)
+def test_pgd_beside_fgm(pgd, said):
+    assert said in text_of(report.attack_section(question_3(changed(CLEAN, pgd=pgd))))
+
+
+def test_no_cause_is_named_beside_a_warning_that_denies_it():
+    accuracy = changed(ROBUST, fgm=0.46, pgd=0.01)
+    warned = question_4(accuracy, warnings=["FGM is far weaker than PGD."])
+    text = text_of(report.adversarial_section(warned))
+    assert "that gap is what one step misses" not in text and "prevents" not in text
+    assert "Warning, with: FGM is far weaker than PGD." in text
+
+
+def test_the_strongest_attack_has_its_standard_error():
+    error = 100 * common.standard_error(CLEAN["strongest"], 2000)
+    text = text_of(report.attack_section(question_3()))
+    assert f"2.00 % ± {error:.1f} of the first 2000 images" in text
+
+
+@pytest.mark.parametrize(
+    "clean, said",
+    [
+        (0.66, "On clean images it costs 19.0 points."),
+        (0.90, "On clean images it gains 5.0 points."),
+        (0.852, "On clean images it changes it by +0.2 points, which does not show."),
+    ],
+)
+def test_what_fgm_in_the_loop_costs(clean, said):
+    assert said in text_of(report.adversarial_section(question_4(changed(ROBUST, clean=clean))))
+
+
+def test_a_collapse_and_the_chosen_epoch_are_said():
+    history = [{"val_pgd": 0.3}, {"val_pgd": 0.33}, {"val_pgd": 0.1}]
+    text = text_of(report.adversarial_section(question_4(history=history, epoch_kept=2)))
+    assert "with: training collapsed in epoch 3" in text
+    assert "of epoch 2, chosen on validation" in text
+    assert "without: PGD-20 accuracy on validation was 33.00 % after the last epoch" in text
+
+
+def question_2(per_class):
+    scores = {"accuracy": 0.85, "loss": 0.5, "ece": 0.05, "accuracy_per_class": per_class}
+    recipe = {**RECIPE, "trivial_augment": False}
+    return {"n_test": 24_000, "models": {"m": {"val": scores, "test": scores, "recipe": recipe}}}
+
+
+def test_a_hardest_class_is_named_only_where_one_is():
+    apart = {name: 0.8 + 0.01 * number for number, name in enumerate(common.CLASSES)}
+    text = text_of(report.training_section(question_2(apart)))
+    assert "hardest class on test is airplane (80.00 %), the easiest truck (89.00 %)" in text
+    equal = text_of(report.training_section(question_2(dict.fromkeys(common.CLASSES, 0.8))))
+    assert "That one class is harder than another does not show." in equal
+    assert "airplane" not in equal
+
+
+def test_ties_are_not_called_the_best_and_small_differences_do_not_show():
+    q4 = question_4(changed(ROBUST, clean=0.7))
+    q4["models"]["without"]["accuracy"]["clean"] = 0.8502
+    found = {"q3": {**question_3(), "seconds": {}}, "q4": q4}
+    text = text_of(report.comparison(found))
+    assert "clean: m (85.00 %) or without (85.02 %)" in text
+    assert "without against m, in points: clean +0.0 (does not show)" in text
+    assert "with against m, in points: clean -15.0, " in text
+
+
+def test_the_rate_is_that_of_the_models_own_recipe():
+    q4 = question_4()
+    q4["models"] = copy.deepcopy(q4["models"])
+    q4["models"]["without"]["recipe"] = {**RECIPE, "lr": 0.005}
+    text = text_of(report.adversarial_section(q4))
+    assert "without: 16 epochs, batch 64" in text and "up to 0.005" in text and "up to 0.1" in text
