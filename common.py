@@ -1027,8 +1027,9 @@ def script_command(question, args):
     script = {"q1": "q1_split.py", "q2": "q2_train_ce.py", "q3": "q3_attack.py",
               "q4": "q4_adv_train.py", "q6": "q6_angular.py"}[question]
     data = [] if args.data == Path("data") else ["--data", str(args.data)]
+    seed = ["--seed", str(args.seed)] if args.seed and question != "q1" else []
     quick = ["--quick"] if args.quick else []
-    return shlex.join(["python", script, *data, "--results", str(args.results), *quick])
+    return shlex.join(["python", script, *data, "--results", str(args.results), *seed, *quick])
 
 
 def with_bar(batches, title):

@@ -70,13 +70,16 @@ def refuse_mixtures(found, args):
         recipes = [model.get("recipe", model) for model in metrics.get("models", {}).values()]
         return recipes[0]["stem"] if recipes else None
 
-    first, *others = found
-    for question in others:
+    def seed(metrics):
+        """That of training and attacks; question 1's is the split's own."""
+        return None if metrics.get("question") == "q1" else metrics["seed"]
+
+    for question in list(found)[1:]:
         for key, of in {"split": lambda metrics: metrics["split_sha256"],
-                        "seed": lambda metrics: metrics["seed"],
+                        "seed": seed,
                         "mode (--quick or not)": lambda metrics: metrics["quick"],
                         "stem": stem}.items():
-            reference = next(name for name in found if of(found[name]) is not None)
+            reference = next((name for name in found if of(found[name]) is not None), question)
             if of(found[question]) not in (None, of(found[reference])):
                 raise common.UserError(f"{args.results}: {question} and {reference} are of a "
                                        f"different {key}; make {question} again with: "

@@ -365,7 +365,64 @@ def test_make_hands_its_variables_to_the_scripts_that_know_them():
     ).stdout.splitlines()
     for question, script in helpers.SCRIPTS.items():
         (line,) = (line for line in lines if f" {script} " in line)
-        assert "--data somewhere --results nowhere --seed 3" in line
+        assert '--data "somewhere" --results nowhere --seed 3' in line
         assert ("--stem cifar" in line) == (
             question == "q2"
         )  # the others follow question 2's model
+
+
+# ---- Make --------------------------------------------------------------------------------------
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(folder, *words):
+    """Run our Makefile in a folder of its own."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(helpers.ROOT / name, folder)
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True)
+
+
+@needs_make
+@pytest.mark.parametrize("name", ["res50%x", "my results", "a:b", "a;b", "$(HOME)*"])
+def test_make_refuses_a_folder_name_that_it_would_misread(tmp_path, name):
+    (tmp_path / "kept").write_text("kept")
+    finished = make(tmp_path, f"RESULTS={name}")
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+    assert "without spaces and special characters" in finished.stderr
+    assert (tmp_path / "kept").read_text() == "kept" and not (tmp_path / ".venv").exists()
+
+
+@needs_make
+@pytest.mark.parametrize("words", [["STEM=imagenet"], ["FLAGS=--seed 1"], ["SEED=1"]])
+def test_make_does_not_take_results_of_other_flags_for_these(tmp_path, words):
+    assert make(tmp_path, "asked").returncode == 0
+    assert make(tmp_path, "asked").returncode == 0
+    finished = make(tmp_path, "asked", *words)
+    assert finished.returncode == 2 and "error: results was made with ''" in finished.stderr
+    assert make(tmp_path, "asked", *words, "RESULTS=other").returncode == 0
+
+
+@needs_make
+@pytest.mark.parametrize("words, folder", [([], "results-quick"), (["RESULTS=foo"], "foo")])
+def test_make_quick_writes_where_it_is_told(words, folder):
+    command = ["make", "--dry-run", "quick", *words]
+    lines = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True).stdout
+    assert f'q1_split.py --data "data" --results {folder} --quick' in lines
+
+
+@needs_make
+def test_make_torch_cpu_asks_for_the_build_without_cuda(tmp_path):
+    lines = make(tmp_path, "--dry-run", "TORCH=cpu", ".venv/installed").stdout
+    assert "pip install --quiet torch torchvision --index-url" in lines
+    assert "--index-url" not in make(tmp_path, "--dry-run", ".venv/installed").stdout
+
+
+@needs_make
+def test_make_says_what_to_do_about_an_old_python(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    finished = make(tmp_path, f"PYTHON={old}", ".venv/installed")
+    line = finished.stderr.splitlines()[0]
+    assert finished.returncode == 2 and line.startswith("error: Python 3.10 or newer is needed")
