@@ -79,7 +79,7 @@ quick:
 
 # AutoAttack on every classifier's first 1,000 test images: an hour or more each on two cores.
 autoattack: .venv/installed
-	$(VENV) -m pip install --quiet pyautoattack
+	$(VENV) -m pip install --quiet $$(grep autoattack tests/requirements-peers.txt)
 	$(VENV) tests/autoattack.py $(COMMON)
 
 lint: .venv/installed

@@ -24,6 +24,7 @@ instant.
 import argparse
 import contextlib
 import copy
+import glob
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ import os
 import pickle
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import time
@@ -282,6 +284,7 @@ OPTIMIZER = {
     "weight_decay": 5e-4,  # of weights only, not of batch-norms and biases
     "warmup": 0.2,  # share of the steps in which the rate rises linearly; then it falls to 0
 }
+ABSURD = 1e6  # a loss from which no training comes back
 VALIDATION_SUBSET = 2_000  # the first validation images (q1 has shuffled them), scored every epoch
 
 
@@ -327,30 +330,37 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
     model.precision = recipe["precision"]
     optimizer = sgd(model, recipe)
     history, best = ([], None) if fresh else _resume(state_file, model, optimizer, recipe)
-    for epoch in range(len(history), recipe["epochs"]):
-        if kept_epoch(history, guard) < len(history):
-            break
-        started = time.perf_counter()
-        losses, share = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
-        seconds = time.perf_counter() - started
-        scores = {"loss": losses.mean().item(), "accuracy": share, "seconds": seconds,
-                  **evaluate(model)}
-        _refuse_infinite(losses, scores, epoch, recipe)
-        history.append(scores)
-        if guard and scores[guard] == max(epoch[guard] for epoch in history):
-            best = copy.deepcopy(model.state_dict())
-        write_torch(state_file, {"recipe": recipe, "history": history, "best": best,
-                                 "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        numbers = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        left = (recipe["epochs"] - epoch - 1) * (time.perf_counter() - started) / 60
-        print(f"epoch {epoch + 1}/{recipe['epochs']}  {numbers}  {left:.0f} min left",
-              file=sys.stderr, flush=True)
+    with only_one(Path(state_file).parent):
+        for epoch in range(len(history), recipe["epochs"]):
+            if kept_epoch(history, guard) < len(history):
+                break
+            started = time.perf_counter()
+            losses, share = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
+            seconds = time.perf_counter() - started
+            scores = {"loss": losses.mean().item(), "accuracy": share, "seconds": seconds,
+                      **evaluate(model)}
+            _refuse_infinite(losses, scores, epoch, recipe)
+            history.append(scores)
+            if guard and scores[guard] == max(epoch[guard] for epoch in history):
+                best = copy.deepcopy(model.state_dict())
+            write_torch(state_file, {"recipe": recipe, "history": history, "best": best,
+                                     "model": model.state_dict(),
+                                     "optimizer": optimizer.state_dict()})
+            _print_epoch(history, recipe["epochs"], time.perf_counter() - started)
     kept = kept_epoch(history, guard)
     if kept < len(history):
         model.load_state_dict(best)
         print(f"{guard} collapsed in epoch {len(history)}: back to the weights of epoch {kept}")
     model.eval()
     return history
+
+
+def _print_epoch(history, epochs, seconds):
+    """A line with the last epoch's numbers, and how long the others take if they take as long."""
+    numbers = "  ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
+    left = (epochs - len(history)) * seconds / 60
+    print(f"epoch {len(history)}/{epochs}  {numbers}  {left:.0f} min left", file=sys.stderr,
+          flush=True)
 
 
 def kept_epoch(history, guard):
@@ -403,9 +413,9 @@ def one_cycle(progress, warmup):
 
 def _refuse_infinite(losses, scores, epoch, recipe):
     wrong = [f"the loss became {loss} in epoch {epoch + 1}, step {step}"
-             for step, loss in enumerate(losses.tolist(), start=1) if not math.isfinite(loss)]
+             for step, loss in enumerate(losses.tolist(), start=1) if not abs(loss) < ABSURD]
     wrong += [f"{name} became {value} at the end of epoch {epoch + 1}"
-              for name, value in scores.items() if not math.isfinite(value)]
+              for name, value in scores.items() if not abs(value) < ABSURD]
     if wrong:
         raise UserError(f"{wrong[0]}; lower the peak learning rate (--lr), now {recipe['lr']:g}, "
                         "and start over with --fresh")
@@ -423,9 +433,16 @@ def _resume(state_file, model, optimizer, recipe):
         if changed:
             raise UserError(f"{state_file} was made with other settings ({'; '.join(changed)}); "
                             "use those again, or start over with --fresh")
+        if not all(tensor.isfinite().all() for tensor in state["model"].values()):
+            raise ValueError("weights that are not finite")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        history, best = list(state["history"]), state["best"]
+        for weight, kept in optimizer.state.items():  # SGD would write past a smaller one
+            if kept["momentum_buffer"].shape != weight.shape:
+                raise ValueError("momentum of another shape")
+        history, best = [dict(epoch) for epoch in state["history"]], state["best"]
+        if not all(math.isfinite(value) for epoch in history for value in epoch.values()):
+            raise ValueError("a history that is not finite")
     print(f"Going on after epoch {len(history)} from {state_file}", file=sys.stderr)
     return history, best
 
@@ -447,6 +464,8 @@ def fit_umap(features, seed):
     longer than everything else.
     """
     import scipy.sparse
+    if len(features) <= UMAP_NEIGHBOURS or not features.isfinite().all():
+        raise ValueError(f"a map needs more than {UMAP_NEIGHBOURS} points, all of them finite")
     from umap import UMAP
 
     def neighbours(queries):
@@ -911,11 +930,19 @@ class UserError(Exception):
 
 def run(main):
     """Call `main()`; a user's mistake ends in one line and status 2, Ctrl-C in one and 130."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's, or one that was closed
+            stream.reconfigure(errors="backslashreplace")  # names beyond what it can show
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         again = shlex.join(["python", *(word for word in sys.argv if word != "--fresh")])
         print(f"\nInterrupted. Finished epochs are kept; go on with: {again}", file=sys.stderr)
@@ -925,9 +952,16 @@ def run(main):
 # ---- Command line -------------------------------------------------------------------------------
 
 
+def one_line(text, limit=800):
+    """Text that may hold anything as one line that a terminal can show."""
+    words = " ".join(str(text).split())
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
+    return shown if len(shown) <= limit else f"{shown[: limit // 2]} ... {shown[-limit // 2:]}"
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+        self.exit(2, f"error: {one_line(message)}; see python {self.prog} --help\n")
 
 
 def argument_parser(docstring, recipes=None):
@@ -982,8 +1016,9 @@ def parse_arguments(parser):
         args.device = next(device for device in present if present[device])
     if args.precision == "auto":
         args.precision = best_precision(args.device)
-    write_file(args.results / ".writable", b"")  # not to be found out after an hour's training
-    (args.results / ".writable").unlink()
+    probe = args.results / f".writable-{os.getpid()}"
+    write_file(probe, b"")  # not to be found out after an hour's training
+    probe.unlink()
     return args
 
 
@@ -1049,10 +1084,12 @@ def write_file(path, content):
     Raises UserError when the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+            stale.unlink()  # of a process that was killed
+        with open(partial, "xb") as file:  # exclusively: never through a link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -1068,6 +1105,9 @@ def write_file(path, content):
         os.close(folder)
 
 
+MAX_BYTES = 250_000_000  # a training's state, the largest of our files, has 180 MB
+
+
 @contextlib.contextmanager
 def opened(path, made_by):
     """A file that one of our commands has made, as a stream of its bytes.
@@ -1075,17 +1115,45 @@ def opened(path, made_by):
     Whatever goes wrong while it is read and looked at ends in a UserError with that command.
     """
     try:
-        if os.stat(path).st_size > 200_000_000:
-            raise ValueError("too large to be one of ours")
-        yield io.BytesIO(Path(path).read_bytes())
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+            raise ValueError("too large, or no regular file")
+        content = io.BytesIO(Path(path).read_bytes())
+        if zipfile.is_zipfile(content):
+            members = zipfile.ZipFile(content).infolist()
+            if sum(member.file_size for member in members) > MAX_BYTES:
+                raise ValueError("an archive of more than our files ever hold")
+        content.seek(0)
+        yield content
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; make it with: {made_by}") from error
     except UserError:
         raise
     except Exception as error:  # numpy and torch raise dozens of kinds for damaged files
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
         raise UserError(f"{path} is damaged or not ours ({reason}); make it again with: "
                         f"{made_by}") from error
+
+
+@contextlib.contextmanager
+def only_one(folder):
+    """Hold a lock on the folder. Raises UserError when another process holds it.
+
+    Nothing is locked where the system has no such locks (Windows, some network shares).
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            import fcntl
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {folder}; wait for it, "
+                            "or give another --results") from error
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def sha256(*contents):
@@ -1123,7 +1191,11 @@ def save_checkpoint(path, model, *, stem, provenance):
 
 
 def save_trained(folder, name, model, history, recipe, origin, guard=None):
-    """Write a trained model's checkpoint; returns what metrics.json says of how it was made."""
+    """Write a trained model's checkpoint; returns what metrics.json says of how it was made.
+
+    The numbers of an older model go first, so that they never stand beside the new one's curves.
+    """
+    (folder / "metrics.json").unlink(missing_ok=True)
     digest = save_checkpoint(folder / f"{name}.pt", model, stem=recipe["stem"],
                              provenance={**origin, "recipe": recipe})
     seconds = round(sum(epoch["seconds"] for epoch in history), 2)
@@ -1238,7 +1310,10 @@ def measured_before(args, split):
             metrics = read_metrics(path, made_by)
             if metrics.get("split_sha256") != split["sha256"]:
                 raise UserError(f"{path} is of another split; make it again with: {made_by}")
-            models.update(metrics["models"])
+            with opened(path, made_by):  # what will be printed after an hour is tried now
+                condition_rows(metrics["models"])
+                models.update({name: {**model, "warnings": list(map(str, model["warnings"]))}
+                               for name, model in metrics["models"].items()})
     return models
 
 

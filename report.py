@@ -23,10 +23,10 @@ def main():
     try:
         refuse_mixtures(found, args)
         blocks = assemble(found)
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         commands = "; ".join(common.script_command(question, args) for question in found)
-        raise common.UserError(f"a metrics.json in {args.results} lacks {error}; "
-                               f"make them again with: {commands}") from error
+        raise common.UserError(f"a metrics.json in {args.results} lacks something or holds what it "
+                               f"should not ({error}); make them again with: {commands}") from error
     page = html_page(blocks, args)  # first, since a missing figure must leave both as they were
     common.write_file(args.results / "report.md", markdown(blocks).encode())
     common.write_file(args.results / "report.html", page.encode())
@@ -53,10 +53,22 @@ def read_results(args):
         path = args.results / question / "metrics.json"
         if path.exists():
             found[question] = common.read_metrics(path, common.script_command(question, args))
+    add_referee(found, args.results / "autoattack.json")
     if not found:
         raise common.UserError(f"{args.results} holds no results; begin with: "
                                + common.script_command("q1", args))
     return found
+
+
+def add_referee(found, path):
+    """Put AutoAttack's numbers, if there are any, beside those of the models they are of."""
+    if path.exists():
+        referee = common.read_metrics(path, "make autoattack")
+        for metrics in found.values():
+            for name, model in metrics.get("models", {}).items():
+                digest = model.get("sha256") or metrics["parent_sha256"][0]
+                if name in referee and referee[name]["sha256"] == digest:
+                    model["autoattack"] = referee[name]
 
 
 def refuse_mixtures(found, args):
@@ -373,7 +385,21 @@ def described(recipe):
 
 
 def conditions_table(models):
-    return ("table", *common.condition_rows(models))
+    header, rows = common.condition_rows(models)
+    if any("autoattack" in model for model in models.values()):
+        header = [*header, "AutoAttack"]
+        rows = [[*row, refereed(model.get("autoattack"))]
+                for row, model in zip(rows, models.values(), strict=True)]
+    return ("table", header, rows)
+
+
+def refereed(found):
+    """AutoAttack's number with its standard error and the images that it is of, or nothing."""
+    if found is None:
+        return ""
+    share = found["right"] / found["images"]
+    error = 100 * common.standard_error(share, found["images"])
+    return f"{common.percent(share)} ± {error:.1f} ({found['images']} images)"
 
 
 def warnings_of(models):

@@ -7,8 +7,11 @@ import io
 import os
 import pickle
 import subprocess
+import sys
 import urllib.error
 import urllib.request
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -526,3 +529,186 @@ def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path):
             tmp_path / "training.pt",
             evaluate=lambda model: {"val_loss": float("nan")},
         )
+
+
+# ---- The awkward machine -----------------------------------------------------------------------
+
+
+def test_ctrl_c_advises_a_command_for_a_shell_that_keeps_the_finished_epochs(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["q2_train_ce.py", "--fresh", "--results", "my res"])
+    with pytest.raises(SystemExit) as end:
+        common.run(interrupted)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith("python q2_train_ce.py --results 'my res'\n")
+
+
+def test_the_command_that_makes_a_file_is_quoted_and_names_data_and_seed():
+    args = helpers.tiny_args(data=Path("my data"), results=Path("my res"), seed=3)
+    expected = "--data 'my data' --results 'my res' --seed 3 --quick"
+    assert common.script_command("q3", args) == f"python q3_attack.py {expected}"
+    assert "--seed" not in common.script_command("q1", args)  # the split is seed 0's
+
+
+def test_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["script.py", "--data=~/cifar", "--results=~/out"])
+    args = common.parse_arguments(common.argument_parser("A script."))
+    assert (args.data, args.results) == (tmp_path / "cifar", tmp_path / "out")
+
+
+def test_figures_need_no_backend(tmp_path):
+    code = (
+        "import common\n"
+        f"common.run(lambda: common.plot_lines({str(tmp_path / 'a.png')!r}, [0, 1], "
+        "{'a': [1, 2]}, 'x', 'y'))"
+    )
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend_inline"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeypatch):
+    original = os.open
+
+    def refuse_folders(path, *arguments, **options):
+        if Path(path).is_dir():
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse_folders)
+    common.write_file(tmp_path / "file", b"content")
+    with common.only_one(tmp_path):
+        pass
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("flag", ["--data", "--results"])
+def test_a_name_too_long_for_the_file_system_ends_in_a_line(error_line, tmp_path, flag):
+    flags = {"--data": tmp_path / "data", "--results": tmp_path / "results", flag: "x" * 300}
+    words = [word for pair in flags.items() for word in pair]
+    assert error_line(q1_split.main, *words)
+
+
+@pytest.mark.parametrize("value", ["9" * 200_000, "1\n2\n3", "\x1b[31m7"])
+def test_flags_of_any_kind_end_in_one_short_line_that_a_terminal_can_show(
+    error_line, tmp_path, value
+):
+    line = error_line(q1_split.main, "--results", tmp_path, "--seed", value)
+    assert "--seed" in line and len(line) < 1000 and line.isprintable()
+
+
+def test_output_that_ends_early_ends_quietly(tmp_path):
+    code = "import common\ncommon.run(lambda: [print('x' * 1000) for _ in range(1000)])"
+    command = f'"{sys.executable}" -c "{code}" | head -n 1'
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert finished.stderr == "" and finished.stdout == "x" * 1000 + "\n"
+
+
+def test_output_in_ascii_shows_other_letters_as_well_as_it_can():
+    code = "import common\ncommon.run(lambda: print('\\u03b5'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0 and finished.stdout == "\\u03b5\n"
+
+
+def test_two_trainings_in_one_folder_are_refused_in_a_line(tmp_path):
+    with common.only_one(tmp_path):
+        with pytest.raises(common.UserError, match="another process is training") as error:
+            helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt")
+        with common.only_one(tmp_path / "q4"):  # another question may
+            pass
+    assert one_line(error)
+    helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt")
+
+
+def test_a_planted_link_is_neither_followed_nor_left(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / f"file.{os.getpid()}.part").symlink_to(tmp_path / "victim")
+    (tmp_path / "file.1.part").write_text("of a process that was killed")
+    common.write_file(tmp_path / "file", b"content")
+    assert (tmp_path / "victim").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "victim"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    path = tmp_path / "model.pt"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(common.UserError, match="model.pt"):
+        common.load_checkpoint(path)
+
+
+def test_an_archive_that_declares_gigabytes_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "split.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for part in ("train", "val", "test"):
+            with archive.open(f"{part}.npy", "w") as member:
+                for _ in range(100):
+                    member.write(bytes(10**6))
+    with pytest.raises(common.UserError, match="more than our files ever hold"):
+        common.load_split(tmp_path / "split.npz")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["model"]["weight"].fill_(torch.nan),
+        lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)),
+        lambda state: state.update(history=[{"loss": "low"}]),
+        lambda state: state.update(history=7),
+        lambda state: state.update(history=[{"loss": float("inf")}]),
+        lambda state: state.pop("best"),
+    ],
+    ids=["nan", "momentum", "word", "number", "infinite", "lacking"],
+)
+def test_a_state_that_is_sound_as_a_file_but_not_in_content_is_refused(tmp_path, damage):
+    path = tmp_path / "training.pt"
+    helpers.train_linear(torch.nn.Linear(4, 2), path)
+    state = torch.load(path, weights_only=True)
+    damage(state)
+    torch.save(state, path)
+    with pytest.raises(common.UserError, match="--fresh") as error:
+        helpers.train_linear(torch.nn.Linear(4, 2), path, epochs=2)
+    assert one_line(error)
+
+
+def test_a_loss_that_is_finite_but_absurd_stops_too(tmp_path):
+    def step(model, points, labels, generator, recipe):
+        return 1e7 + model(points).sum(), torch.tensor(0)
+
+    with pytest.raises(common.UserError, match="in epoch 1, step 1"):
+        helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt", step)
+
+
+@pytest.mark.parametrize(
+    "model", [{"accuracy": "high"}, {"accuracy": {"clean": "high"}}, {}, 7, {"accuracy": {}}]
+)
+def test_metrics_to_compare_with_are_tried_before_training(tmp_path, model):
+    metrics = {"models": {"m": model}}
+    common.write_metrics(tmp_path / "q3", {"split_sha256": "0" * 64}, metrics)
+    with pytest.raises(common.UserError, match="q3_attack.py") as error:
+        common.measured_before(helpers.tiny_args(results=tmp_path), {"sha256": "0" * 64})
+    assert one_line(error)
+
+
+def test_old_numbers_go_before_a_new_model_comes(tmp_path):
+    common.write_metrics(tmp_path, {}, {"models": {}})
+    model = common.resnet18(10, "imagenet")
+    common.save_trained(tmp_path, "model", model, [], helpers.tiny_recipe(), {})
+    assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "features", [torch.rand(15, 8), torch.full((40, 8), torch.nan), torch.full((40, 8), torch.inf)]
+)
+def test_features_of_which_there_is_no_map_are_a_value_error(features):
+    with pytest.raises(ValueError, match="a map needs more than 15 points"):
+        common.fit_umap(features, 0)

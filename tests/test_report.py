@@ -1,6 +1,7 @@
 """The sentences of the report: each is chosen by the sign, size and error of its numbers."""
 
 import copy
+import json
 
 import pytest
 
@@ -179,3 +180,20 @@ def test_the_rate_is_that_of_the_models_own_recipe():
     q4["models"]["without"]["recipe"] = {**RECIPE, "lr": 0.005}
     text = text_of(report.adversarial_section(q4))
     assert "without: 16 epochs, batch 64" in text and "up to 0.005" in text and "up to 0.1" in text
+
+
+def test_autoattacks_numbers_stand_beside_the_models_that_they_were_made_on(tmp_path):
+    q3, q4 = question_3(), question_4()
+    q3["parent_sha256"] = ["a"]
+    q4["models"]["without"]["sha256"], q4["models"]["with"]["sha256"] = "b", "c"
+    numbers = {"m": "a", "without": "b", "with": "of another model"}
+    referee = {name: {"sha256": sha, "images": 100, "right": 9} for name, sha in numbers.items()}
+    (tmp_path / "autoattack.json").write_text(json.dumps(referee))
+    found = {"q3": q3, "q4": q4}
+    report.add_referee(found, tmp_path / "autoattack.json")
+    (_, header, (row,)), (_, _, (first, second)) = (
+        report.conditions_table(metrics["models"]) for metrics in found.values()
+    )
+    assert header[-1] == "AutoAttack"
+    assert row[-1] == first[-1] == "9.00 % ± 2.9 (100 images)" and second[-1] == ""
+    report.add_referee(found, tmp_path / "nothing.json")
