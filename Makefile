@@ -77,6 +77,10 @@ seeds:
 quick:
 	$(MAKE) RESULTS=$(if $(filter command,$(origin RESULTS)),$(RESULTS),results-quick) FLAGS="--quick $(FLAGS)"
 
+# Is the results folder what it says? Measures it again, without training.
+verify: .venv/installed
+	$(VENV) verify.py $(MODEL)
+
 # AutoAttack on every classifier's first 1,000 test images: an hour or more each on two cores.
 autoattack: .venv/installed
 	$(VENV) -m pip install --quiet $$(grep autoattack tests/requirements-peers.txt)
@@ -96,5 +100,5 @@ bench: .venv/installed
 	$(VENV) -m pip install --quiet --requirement tests/requirements-peers.txt
 	$(VENV) tests/bench.py --data "$(DATA)"
 
-.PHONY: all asked seeds quick autoattack lint test stress bench
+.PHONY: all asked seeds quick verify autoattack lint test stress bench
 .NOTPARALLEL:  # two trainings at once would share the cores and take longer
