@@ -417,7 +417,7 @@ def _refuse_infinite(losses, scores, epoch, recipe):
     wrong += [f"{name} became {value} at the end of epoch {epoch + 1}"
               for name, value in scores.items() if not abs(value) < ABSURD]
     if wrong:
-        raise UserError(f"{wrong[0]}; lower the peak learning rate (--lr), now {recipe['lr']:g}, "
+        raise UserError(f"{wrong[0]}; lower the peak learning rate, now {recipe['lr']:g}, "
                         "and start over with --fresh")
 
 
@@ -450,8 +450,6 @@ def _resume(state_file, model, optimizer, recipe):
 # ---- Question 2: maps and other figures ---------------------------------------------------------
 
 DPI = 150
-
-
 UMAP_NEIGHBOURS = 15
 
 
@@ -936,7 +934,8 @@ def run(main):
             stream.reconfigure(errors="backslashreplace")  # names beyond what it can show
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()
     except UserError as error:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
@@ -980,7 +979,7 @@ def argument_parser(docstring, recipes=None):
         help="folder that holds cifar-10-batches-py; fetched if absent (data)")
     add("--results", type=folder,
         help="folder for everything written (results, or results-quick with --quick)")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of all random numbers (0)")
+    add("--seed", type=between(int, 0, 2**31 - 1), default=0, help="seed of all random numbers (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
         help="where to compute (auto: the best there is)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -991,8 +990,8 @@ def argument_parser(docstring, recipes=None):
         add("--fresh", action="store_true", help="start over instead of going on where it ended")
         for name, value in recipes["stride2"].items():
             kind = ({"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else
-                    {"type": number(int, 1, 10**6) if isinstance(value, int) else
-                     number(float, 1e-9, 1e9)})
+                    {"type": between(int, 1, 10**6) if isinstance(value, int) else
+                     between(float, 1e-9, 1e9)})
             add("--" + name.replace("_", "-"), **kind, help="instead of the recipe's, below")
         rows = [[stem, *map(str, recipe.values())] for stem, recipe in recipes.items()]
         table = table_lines(["stem", *recipes["stride2"]], rows)
@@ -1046,7 +1045,7 @@ def choose_recipe(args, recipes, stem, question, split, **constants):
             "split_sha256": split["sha256"], "torch": str(torch.__version__)}
 
 
-def number(kind, low, high):
+def between(kind, low, high):
     """An argparse type: an int or a float from low to high."""
     def parse(text):
         with contextlib.suppress(ValueError):

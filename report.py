@@ -11,10 +11,16 @@ Run     python report.py
 import base64
 import html
 import math
+import re
+from pathlib import Path
 
 import common
 
 QUESTIONS = ("q1", "q2", "q3", "q4", "q6")
+HERE = Path(__file__).parent
+# Question 5's answer without its title, headings a level deeper, the figure among the results.
+ANSWER_5 = ((HERE / "q5_angular_loss.md").read_text(encoding="utf-8").split("\n", 1)[1]
+            .replace("\n##", "\n###").replace("docs/angular_loss.png", "q5/angular_loss.png"))
 
 
 def main():
@@ -27,6 +33,8 @@ def main():
         commands = "; ".join(common.script_command(question, args) for question in found)
         raise common.UserError(f"a metrics.json in {args.results} lacks something or holds what it "
                                f"should not ({error}); make them again with: {commands}") from error
+    common.write_file(args.results / "q5" / "angular_loss.png",
+                      (HERE / "docs" / "angular_loss.png").read_bytes())
     page = html_page(blocks, args)  # first, since a missing figure must leave both as they were
     common.write_file(args.results / "report.md", markdown(blocks).encode())
     common.write_file(args.results / "report.html", page.encode())
@@ -41,8 +49,7 @@ def assemble(found):
         if question in found:
             blocks += section(found[question])
         if question == "q4":
-            blocks += [("heading", "Question 5: the angular loss"),
-                       ("text", "Explained in q5_angular_loss.md, which lies beside the scripts.")]
+            blocks += [("heading", "Question 5: the angular loss"), ("markdown", ANSWER_5)]
     return blocks + comparison(found) + origin_section(found)
 
 
@@ -418,6 +425,8 @@ def markdown(blocks):
             header, rows = content
             table = (header, ["---"] * len(header), *rows)
             lines.append("\n".join("| " + " | ".join(row) + " |" for row in table))
+        elif kind == "markdown":
+            lines.append(content[0].strip())
         elif kind == "figure":
             lines.append(f"![{content[1]}]({content[0]})\n\n*{content[1]}*")
         else:
@@ -444,13 +453,9 @@ def html_page(blocks, args):
             cells = [html_row("th", header), *(html_row("td", row) for row in rows)]
             parts.append(f"<table>{''.join(cells)}</table>")
         elif kind == "figure":
-            path, caption = content
-            made_by = common.script_command(path[:2], args)
-            with common.opened(args.results / path, made_by) as image:
-                data = base64.b64encode(image.read()).decode()
-            parts.append(f"<figure><img src='data:image/png;base64,{data}' "
-                         f"alt='{html.escape(caption, quote=True)}'>"
-                         f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+            parts.append(html_figure(*content, args))
+        elif kind == "markdown":
+            parts += [html_block(block, args) for block in content[0].strip().split("\n\n")]
         else:
             tag = {"title": "h1", "heading": "h2", "text": "p"}[kind]
             parts.append(f"<{tag}>{html.escape(content[0])}</{tag}>")
@@ -461,7 +466,119 @@ def html_page(blocks, args):
 
 
 def html_row(tag, cells):
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{html_line(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def html_figure(path, caption, args):
+    """A figure with its image inside. Raises UserError when that is missing."""
+    made_by = (f"python report.py --results {args.results}" if path.startswith("q5") else
+               common.script_command(path[:2], args))
+    with common.opened(args.results / path, made_by) as image:
+        data = base64.b64encode(image.read()).decode()
+    return (f"<figure><img src='data:image/png;base64,{data}' "
+            f"alt='{html.escape(caption, quote=True)}'>"
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+
+
+# ---- The little Markdown and LaTeX that question 5's answer uses ---------------------------------
+
+
+def html_block(block, args):
+    """A block of Markdown: heading, formula, figure, table, list or paragraph."""
+    if heading := re.match(r"(#+) (.*)", block):
+        level = len(heading[1])
+        return f"<h{level}>{html_line(heading[2])}</h{level}>"
+    if block.startswith("$$"):
+        return mathml(block.strip("$"), "block")
+    if figure := re.match(r"!\[(.*)\]\((.*)\)$", block):
+        return html_figure(figure[2], figure[1], args)
+    if block.startswith("|"):
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")]
+                            for line in block.split("\n"))
+        lines = [html_row("th", header), *(html_row("td", row) for row in rows)]
+        return f"<table>{''.join(lines)}</table>"
+    if items := re.split(r"(?:^|\n)(?:-|\d+\.) ", block)[1:]:
+        kind = "ul" if block.startswith("-") else "ol"
+        return f"<{kind}>" + "".join(f"<li>{html_line(item)}</li>" for item in items) + f"</{kind}>"
+    return f"<p>{html_line(block)}</p>"
+
+
+def html_line(text):
+    """Text with `code`, $formula$, **bold**, *italic* and <links>."""
+    pieces = re.split(r"(`[^`]*`|\$[^$]*\$)", " ".join(text.split()))
+    for position, piece in enumerate(pieces):
+        if piece.startswith("`"):
+            pieces[position] = f"<code>{html.escape(piece[1:-1])}</code>"
+        elif piece.startswith("$"):
+            pieces[position] = mathml(piece[1:-1], "inline")
+        else:
+            pieces[position] = re.sub(r"&lt;(https:[^ ]*)&gt;", r"<a href='\1'>\1</a>",
+                                      html.escape(piece))
+    line = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", "".join(pieces))
+    return re.sub(r"(?<![*\w])\*([^*]+)\*", r"<i>\1</i>", line)
+
+
+SYMBOLS = {"alpha": "α", "theta": "θ", "ell": "ℓ", "nabla": "∇", "sum": "∑", "le": "≤", "ge": "≥",
+           "ne": "≠", "in": "∈", "to": "→", "cdot": "·", "partial": "∂", "top": "⊤", "lVert": "‖",
+           "rVert": "‖", "lvert": "|", "rvert": "|", "-": "−", "'": "′", "{": "{", "}": "}"}
+LETTERS = {"alpha", "theta", "ell", "partial", "top"}  # the symbols that are no operators
+SCRIPT = {"P": "𝒫", "R": "ℝ"}  # as \mathcal and \mathbb
+
+
+def mathml(tex, display):
+    """A formula of the LaTeX that our text uses as MathML, which browsers draw themselves."""
+    tokens = re.findall(r"\\text\{[^}]*\}|\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\S", tex)
+    return f"<math display='{display}'>{_row(tokens)}</math>"
+
+
+def _row(tokens):
+    """The tokens up to the end or a closing brace, which is taken, too."""
+    parts = []
+    while tokens and tokens[0] != "}":
+        base, scripts = _atom(tokens), {}
+        while tokens and tokens[0] in "_^":
+            place = tokens.pop(0)
+            scripts[place] = _atom(tokens)
+        tag = {"_": "sub", "^": "sup", "_^": "subsup"}.get("".join(sorted(scripts, reverse=True)))
+        if tag:
+            ordered = "".join(scripts[kind] for kind in "_^" if kind in scripts)
+            tag = {"sub": "under", "subsup": "underover"}.get(tag, tag) if "∑" in base else tag
+            base = f"<m{tag}>{base}{ordered}</m{tag}>"
+        parts.append(base)
+    if tokens:
+        tokens.pop(0)
+    return f"<mrow>{''.join(parts)}</mrow>"
+
+
+def _atom(tokens):
+    token = tokens.pop(0)
+    name = token.removeprefix("\\")
+    if token == "{":
+        return _row(tokens)
+    if name in ("frac", "tfrac"):
+        return f"<mfrac>{_argument(tokens)}{_argument(tokens)}</mfrac>"
+    if name.startswith("text{"):
+        return f"<mtext>{name[5:-1].replace(' ', chr(160))}</mtext>"
+    if name in ("mathcal", "mathbb"):
+        letter = "".join(tokens.pop(0) for _ in "{P}")[1]
+        return f"<mi>{SCRIPT[letter]}</mi>"
+    if name in ("big", "Big"):
+        return _atom(tokens)
+    if name == "qquad":
+        return "<mspace width='2em'/>"
+    if name in SYMBOLS:
+        tag = "mi" if name in LETTERS else "mo"
+        return f"<{tag}>{SYMBOLS[name]}</{tag}>"
+    tag = "mn" if token[0].isdigit() else "mi" if name.isalpha() else "mo"
+    return f"<{tag}>{html.escape(name)}</{tag}>"
+
+
+def _argument(tokens):
+    """The next group, or of a number the first digit: \\tfrac12 is a half."""
+    if tokens[0].isdigit() and len(tokens[0]) > 1:
+        first, rest = tokens[0][0], tokens[0][1:]
+        tokens[:1] = [first, rest]
+    return _atom(tokens)
 
 
 if __name__ == "__main__":

@@ -517,7 +517,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_step_and_keeps_the_e
 
     with pytest.raises(common.UserError, match="nan in epoch 2, step 2") as error:
         helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt", step, lr=0.25)
-    assert one_line(error) and "(--lr), now 0.25" in str(error.value)
+    assert one_line(error) and "rate, now 0.25" in str(error.value)
     assert len(torch.load(tmp_path / "training.pt", weights_only=True)["history"]) == 1
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -197,3 +199,48 @@ def test_autoattacks_numbers_stand_beside_the_models_that_they_were_made_on(tmp_
     assert header[-1] == "AutoAttack"
     assert row[-1] == first[-1] == "9.00 % ± 2.9 (100 images)" and second[-1] == ""
     report.add_referee(found, tmp_path / "nothing.json")
+
+
+# ---- Question 5's answer -----------------------------------------------------------------------
+
+FORMULAS = re.findall(r"\$\$([^$]+)\$\$|\$([^$]+)\$", report.ANSWER_5)
+
+
+@pytest.mark.parametrize("tex", sorted({block or inline for block, inline in FORMULAS}))
+def test_every_formula_of_question_5_becomes_mathml(tex):
+    math = ElementTree.fromstring(report.mathml(tex, "inline"))
+    shown = "".join(math.itertext())
+    assert not set(shown) & set("\\_^$")
+    for letter in re.sub(r"\\[a-zA-Z]+", "", tex):
+        if letter.isalnum() and letter not in "PR":
+            assert letter in shown
+    for element in math.iter():
+        children = {"msub": 2, "msup": 2, "munder": 2, "mfrac": 2, "msubsup": 3, "munderover": 3}
+        assert len(element) == children.get(element.tag, len(element)), tex
+
+
+@pytest.mark.parametrize(
+    "tex, expected",
+    [
+        ("x_a", "<msub><mi>x</mi><mi>a</mi></msub>"),
+        ("r^2", "<msup><mi>r</mi><mn>2</mn></msup>"),
+        ("\\tfrac12", "<mfrac><mn>1</mn><mn>2</mn></mfrac>"),
+        (
+            "\\tfrac{8t}{3}",
+            "<mfrac><mrow><mn>8</mn><mi>t</mi></mrow><mrow><mn>3</mn></mrow></mfrac>",
+        ),
+        ("x_a^\\top", "<msubsup><mi>x</mi><mi>a</mi><mi>⊤</mi></msubsup>"),
+        ("\\text{angle at }y", "<mtext>angle\u00a0at\u00a0</mtext><mi>y</mi>"),
+        ("a < b", "<mi>a</mi><mo>&lt;</mo><mi>b</mi>"),
+    ],
+)
+def test_latex_as_mathml(tex, expected):
+    assert report.mathml(tex, "inline") == f"<math display='inline'><mrow>{expected}</mrow></math>"
+
+
+def test_question_5s_answer_is_in_both_forms_of_the_report(quick_run):
+    page = (quick_run.results / "report.html").read_text()
+    assert page.count("<math") == len(FORMULAS) and "$" not in page.split("<style>")[0]
+    assert "<h3>1. What the loss is for</h3>" in page and "FaceNet" in page and "**" not in page
+    text = (quick_run.results / "report.md").read_text()
+    assert report.ANSWER_5.strip() in text
