@@ -9,9 +9,12 @@ Run     python report.py
 """
 
 import base64
+import datetime
 import html
+import itertools
 import math
 import re
+import struct
 from pathlib import Path
 
 import common
@@ -24,11 +27,14 @@ ANSWER_5 = ((HERE / "q5_angular_loss.md").read_text(encoding="utf-8").split("\n"
 
 
 def main():
-    args = common.parse_arguments(common.argument_parser(__doc__))
+    parser = common.argument_parser(__doc__)
+    parser.add_argument("--author", default="", help="whose name stands below the title")
+    parser.add_argument("--student-id", default="", help="what stands beside it")
+    args = common.parse_arguments(parser)
     found = read_results(args)
     try:
         refuse_mixtures(found, args)
-        blocks = assemble(found)
+        blocks = assemble(found, " · ".join(filter(None, [args.author, args.student_id])))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         commands = "; ".join(common.script_command(question, args) for question in found)
         raise common.UserError(f"a metrics.json in {args.results} lacks something or holds what it "
@@ -41,9 +47,9 @@ def main():
     print(f"Report: {args.results / 'report.html'} (self-contained), {args.results / 'report.md'}")
 
 
-def assemble(found):
+def assemble(found, author=""):
     """The whole report as a list of blocks (see the sections below). found: question to metrics."""
-    blocks = introduction(found)
+    blocks = introduction(found, author)
     for question, section in {"q1": split_section, "q2": training_section, "q3": attack_section,
                               "q4": adversarial_section, "q6": angular_section}.items():
         if question in found:
@@ -116,8 +122,9 @@ def refuse_mixtures(found, args):
 # Lists of ("heading", text), ("text", text), ("table", header, rows), ("figure", path, caption).
 
 
-def introduction(found):
-    blocks = [("title", "Generalization and Robustness: ResNet-18 on 20 % of CIFAR-10")]
+def introduction(found, author):
+    blocks = [("title", "Generalization and Robustness: ResNet-18 on 20 % of CIFAR-10"),
+              ("text", " · ".join(filter(None, [author, datetime.date.today().isoformat()])))]
     if any(metrics["quick"] for metrics in found.values()):
         blocks.append(("text", "MADE WITH --quick: A TINY SUBSET AND A FEW EPOCHS. THE NUMBERS "
                                "MEAN NOTHING; they only show that everything works."))
@@ -423,8 +430,9 @@ def markdown(blocks):
     for kind, *content in blocks:
         if kind == "table":
             header, rows = content
-            table = (header, ["---"] * len(header), *rows)
-            lines.append("\n".join("| " + " | ".join(row) + " |" for row in table))
+            cells = [[common.one_line(cell).replace("|", "\\|") for cell in row]
+                     for row in (header, ["---"] * len(header), *rows)]
+            lines.append("\n".join("| " + " | ".join(row) + " |" for row in cells))
         elif kind == "markdown":
             lines.append(content[0].strip())
         elif kind == "figure":
@@ -436,33 +444,61 @@ def markdown(blocks):
 
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; align-items: end }
+.wide { grid-column: 1 / -1 }
+figure { margin: 1rem 0; text-align: center; break-inside: avoid }
 img { max-width: 100% }
-figure { margin: 1.5rem 0 }
-figcaption { color: #555 }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left }
+figcaption { color: #555; font-size: .9em }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9em }
+td, th { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left }
+tr, math { break-inside: avoid }
+h1, h2, h3 { break-after: avoid }
+math[display=block] { margin: .5rem 0 }
+@media (max-width: 40rem) { .figures { grid-template-columns: 1fr } }
+@media print {
+  @page { size: A4; margin: 15mm }
+  body { font-size: 10pt; line-height: 1.35; margin: 0; padding: 0; max-width: none }
+  .figures { grid-template-columns: 1fr 1fr }
+  figure { margin: .3rem 0 }
+  .wide img { max-height: 9cm }
+  table { display: table; break-inside: avoid }
+}
 """
 
 
 def html_page(blocks, args):
     """Blocks as one HTML page with the figures inside. Raises UserError for a missing figure."""
+    headings = [content[0] for kind, *content in blocks if kind == "heading"]
     parts = []
-    for kind, *content in blocks:
-        if kind == "table":
-            header, rows = content
-            cells = [html_row("th", header), *(html_row("td", row) for row in rows)]
-            parts.append(f"<table>{''.join(cells)}</table>")
-        elif kind == "figure":
-            parts.append(html_figure(*content, args))
+    for kind, group in itertools.groupby(blocks, key=lambda block: block[0]):
+        contents = [content for _, *content in group]
+        if kind == "figure":  # those that follow each other stand side by side
+            figures = "".join(html_figure(*content, args) for content in contents)
+            parts.append(f"<div class='figures'>{figures}</div>")
         elif kind == "markdown":
-            parts += [html_block(block, args) for block in content[0].strip().split("\n\n")]
+            parts += [html_block(block, args) for content in contents
+                      for block in content[0].strip().split("\n\n")]
+        elif kind == "table":
+            parts += [html_table(*content) for content in contents]
+        elif kind == "heading":
+            number = headings.index(contents[0][0])
+            if number == 0:
+                links = "".join(f"<li><a href='#{n}'>{html.escape(heading)}</a></li>"
+                                for n, heading in enumerate(headings))
+                parts.append(f"<ul>{links}</ul>")
+            parts.append(f"<h2 id='{number}'>{html.escape(contents[0][0])}</h2>")
         else:
-            tag = {"title": "h1", "heading": "h2", "text": "p"}[kind]
-            parts.append(f"<{tag}>{html.escape(content[0])}</{tag}>")
+            tag = {"title": "h1", "text": "p"}[kind]
+            parts += [f"<{tag}>{html.escape(content[0])}</{tag}>" for content in contents]
     return (f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width'>"
             f"<title>{html.escape(blocks[0][1])}</title><style>{STYLE}</style>"
             f"<body>{''.join(parts)}</body></html>\n")
+
+
+def html_table(header, rows):
+    lines = [html_row("th", header), *(html_row("td", row) for row in rows)]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def html_row(tag, cells):
@@ -474,8 +510,11 @@ def html_figure(path, caption, args):
     made_by = (f"python report.py --results {args.results}" if path.startswith("q5") else
                common.script_command(path[:2], args))
     with common.opened(args.results / path, made_by) as image:
-        data = base64.b64encode(image.read()).decode()
-    return (f"<figure><img src='data:image/png;base64,{data}' "
+        content = image.read()
+    across, down = struct.unpack(">II", content[16:24])  # of a PNG
+    data = base64.b64encode(content).decode()
+    wide = " class='wide'" if across > 1.6 * down else ""
+    return (f"<figure{wide}><img src='data:image/png;base64,{data}' "
             f"alt='{html.escape(caption, quote=True)}'>"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
@@ -495,8 +534,7 @@ def html_block(block, args):
     if block.startswith("|"):
         header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")]
                             for line in block.split("\n"))
-        lines = [html_row("th", header), *(html_row("td", row) for row in rows)]
-        return f"<table>{''.join(lines)}</table>"
+        return html_table(header, rows)
     if items := re.split(r"(?:^|\n)(?:-|\d+\.) ", block)[1:]:
         kind = "ul" if block.startswith("-") else "ol"
         return f"<{kind}>" + "".join(f"<li>{html_line(item)}</li>" for item in items) + f"</{kind}>"

@@ -244,3 +244,14 @@ def test_question_5s_answer_is_in_both_forms_of_the_report(quick_run):
     assert "<h3>1. What the loss is for</h3>" in page and "FaceNet" in page and "**" not in page
     text = (quick_run.results / "report.md").read_text()
     assert report.ANSWER_5.strip() in text
+
+
+def test_the_report_bears_its_author_and_the_date():
+    title, line, *_ = report.introduction({}, "A. Student · 12345")
+    assert title[0] == "title" and line[1].startswith("A. Student · 12345 · 20")
+    assert report.introduction({}, "")[1][1].startswith("20")
+
+
+def test_a_name_that_would_break_a_table_is_escaped():
+    text = report.markdown([("table", ["a|b", "c"], [["d\ne", "\x1b[31m"]])])
+    assert text.splitlines() == ["| a\\|b | c |", "| --- | --- |", "| d e | \\x1b[31m |"]
