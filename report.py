@@ -451,7 +451,8 @@ img { max-width: 100% }
 figcaption { color: #555; font-size: .9em }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9em }
 td, th { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left }
-tr, math { break-inside: avoid }
+tr, math, pre { break-inside: avoid }
+pre { overflow-x: auto; font-size: .85em }
 h1, h2, h3 { break-after: avoid }
 math[display=block] { margin: .5rem 0 }
 @media (max-width: 40rem) { .figures { grid-template-columns: 1fr } }
@@ -476,8 +477,9 @@ def html_page(blocks, args):
             figures = "".join(html_figure(*content, args) for content in contents)
             parts.append(f"<div class='figures'>{figures}</div>")
         elif kind == "markdown":
-            parts += [html_block(block, args) for content in contents
-                      for block in content[0].strip().split("\n\n")]
+            parts += [html_block(block.strip(), args) for content in contents for block in
+                      re.findall(r"```.*?```|(?:(?!\n\n|```).)+", content[0], re.DOTALL)
+                      if block.strip()]
         elif kind == "table":
             parts += [html_table(*content) for content in contents]
         elif kind == "heading":
@@ -513,7 +515,7 @@ def html_figure(path, caption, args):
         content = image.read()
     across, down = struct.unpack(">II", content[16:24])  # of a PNG
     data = base64.b64encode(content).decode()
-    wide = " class='wide'" if across > 1.6 * down else ""
+    wide = " class='wide'" if across > 1.6 * down or "examples" in path else ""
     return (f"<figure{wide}><img src='data:image/png;base64,{data}' "
             f"alt='{html.escape(caption, quote=True)}'>"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
@@ -523,7 +525,9 @@ def html_figure(path, caption, args):
 
 
 def html_block(block, args):
-    """A block of Markdown: heading, formula, figure, table, list or paragraph."""
+    """A block of Markdown: code, heading, formula, figure, table, list or paragraph."""
+    if block.startswith("```"):
+        return f"<pre>{html.escape(block.strip('`').split(chr(10), 1)[1])}</pre>"
     if heading := re.match(r"(#+) (.*)", block):
         level = len(heading[1])
         return f"<h{level}>{html_line(heading[2])}</h{level}>"
