@@ -74,7 +74,8 @@ def load_cifar10(root):
             batches.append(pickle.loads(content, encoding="latin1"))
     except (OSError, RuntimeError) as error:
         raise UserError(f"CIFAR-10 is not in {root} and cannot be fetched, or cannot be read "
-                        f"({error}); connect to the network, or give --data the folder that holds "
+                        f"({error}); connect to the network, put {CIFAR10.filename} from any "
+                        f"mirror into {root}, or give --data the folder that holds "
                         f"{CIFAR10.base_folder}, complete") from error
     images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches]))
     labels = torch.tensor([label for batch in batches for label in batch["labels"]])
@@ -963,6 +964,15 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)}; see python {self.prog} --help\n")
 
 
+RECIPE_HELP = {
+    "epochs": "passes over the training images (by stem, below)",
+    "batch_size": "images per step", "lr": "peak learning rate",
+    "lr_perturbed": "that of the model trained without FGM",
+    "noise": "before the FGM step in training, in epsilons; more where val_pgd collapses",
+    "trivial_augment": "change colour or geometry of every training image at random",
+}
+
+
 def argument_parser(docstring, recipes=None):
     """Parser with the flags of every script; its --help shows the docstring and the recipes.
 
@@ -992,7 +1002,7 @@ def argument_parser(docstring, recipes=None):
             kind = ({"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else
                     {"type": between(int, 1, 10**6) if isinstance(value, int) else
                      between(float, 1e-9, 1e9)})
-            add("--" + name.replace("_", "-"), **kind, help="instead of the recipe's, below")
+            add("--" + name.replace("_", "-"), **kind, help=RECIPE_HELP[name])
         rows = [[stem, *map(str, recipe.values())] for stem, recipe in recipes.items()]
         table = table_lines(["stem", *recipes["stride2"]], rows)
         parser.epilog = "\n".join(["The recipe of each stem:", *table])

@@ -1,13 +1,17 @@
 """The data and its split, the perturbation and the augmentation."""
 
+import hashlib
 import itertools
 import pickle
+import tarfile
+import urllib.request
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest, uniform
+from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.v2 import TrivialAugmentWide
@@ -74,6 +78,24 @@ def test_a_changed_byte_is_noticed_before_anything_is_unpickled(damaged, no_unpi
         (damaged / "cifar-10-batches-py" / name).write_bytes(b"")
     with pytest.raises(common.UserError, match="data_batch_1 is damaged"):
         common.load_cifar10(damaged)
+
+
+def test_an_archive_from_any_mirror_will_do(tmp_path, monkeypatch):
+    """Its MD5 is checked, and nothing is fetched."""
+    made, given = tmp_path / "made", tmp_path / "given"
+    helpers.write_synthetic_cifar10(made, per_file=20)
+    meta = made / "cifar-10-batches-py" / "batches.meta"
+    meta.write_bytes(pickle.dumps({"label_names": list(common.CLASSES)}))
+    given.mkdir()
+    with tarfile.open(given / CIFAR10.filename, "w:gz") as archive:
+        archive.add(made / CIFAR10.base_folder, CIFAR10.base_folder)
+    meta_md5 = hashlib.md5(meta.read_bytes()).hexdigest()
+    helpers.accept_as_published(monkeypatch, made)
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": meta_md5})
+    archive_md5 = hashlib.md5((given / CIFAR10.filename).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "tgz_md5", archive_md5)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: pytest.fail("fetched"))
+    assert torch.equal(common.load_cifar10(given)[0], common.load_cifar10(made)[0])
 
 
 # ---- Split -------------------------------------------------------------------------------------
