@@ -248,12 +248,18 @@ def frozen(model, precision="float32"):
 # ---- Question 2: evaluation ---------------------------------------------------------------------
 
 EVALUATION_BATCH = 250  # fits a processor's cache better than more, and its memory
+GPU_BATCH = 1_000  # so that a GPU has enough to do
 
 
-def in_batches(function, inputs, size=EVALUATION_BATCH):
+def in_batches(function, inputs, size=None):
     """`function` over a tensor in batches, without gradients; its results concatenated."""
     with torch.no_grad():
-        return torch.cat([function(batch) for batch in inputs.split(size)])
+        return torch.cat([function(batch) for batch in inputs.split(size or batch_for(inputs))])
+
+
+def batch_for(tensor):
+    """How many images to evaluate or attack at once where this tensor is."""
+    return EVALUATION_BATCH if tensor.device.type == "cpu" else GPU_BATCH
 
 
 def predict(model, images):
@@ -570,9 +576,12 @@ def draw_perturbation(number, pixels_per_image, generator):
 
 
 def perturbed_images(images, part, seed):
-    """The uint8 images of "train", "val" or "test" perturbed, the same way in every question."""
+    """The uint8 images of "train", "val" or "test" perturbed, the same way in every question.
+
+    In batches of one size on every device, since a batch draws its numbers together.
+    """
     generator = generator_for(seed, f"perturbed {part}")
-    return in_batches(lambda batch: perturb(as_float(batch), generator), images)
+    return in_batches(lambda batch: perturb(as_float(batch), generator), images, EVALUATION_BATCH)
 
 
 def color_jitter(images, factors, order):
@@ -744,7 +753,8 @@ def _matching_batches(*tensors):
     """List of batches of all tensors together; they are views, through which one can write."""
     if len({len(tensor) for tensor in tensors}) > 1:
         raise ValueError(f"{len(tensors[0])} images, but {len(tensors[1])} labels")
-    return list(zip(*(tensor.split(EVALUATION_BATCH) for tensor in tensors), strict=True))
+    size = batch_for(tensors[0])
+    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
 # ---- Question 3: accuracy under attack ----------------------------------------------------------
@@ -1278,8 +1288,10 @@ def provenance(args, question, split, parents=()):
         commit = ""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "torchvision": torchvision.__version__, "numpy": np.__version__}
+    hardware = (torch.cuda.get_device_name() if args.device == "cuda" else
+                f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     return {"question": question, "quick": args.quick, "seed": args.seed, "device": args.device,
-            "precision": args.precision, "split_sha256": split["sha256"],
+            "hardware": hardware, "precision": args.precision, "split_sha256": split["sha256"],
             "parent_sha256": list(parents), "versions": versions, "git_commit": commit}
 
 
@@ -1290,6 +1302,8 @@ def write_metrics(folder, origin, metrics):
     to a dict with `accuracy` by condition and whatever else was measured.
     """
     metrics = {**origin, **metrics, "peak_memory_mib": _peak_memory_mib()}
+    if origin.get("device") == "cuda":
+        metrics["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
     write_file(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False).encode())
 
 

@@ -14,6 +14,7 @@ import html
 import itertools
 import math
 import re
+import statistics
 import struct
 from pathlib import Path
 
@@ -316,9 +317,11 @@ def comparison(found):
 
 def origin_section(found):
     """Where each number comes from: machine, precision, commit, time, and the recipes in full."""
-    rows = [[question, str(metrics["seed"]), metrics["device"], metrics["precision"],
-             str(metrics["git_commit"])[:19], metrics["versions"]["torch"],
-             f"{minutes(metrics):.1f}"] for question, metrics in found.items()]
+    rows = [[question, str(metrics["seed"]), f"{metrics['device']} ({metrics['hardware']})",
+             metrics["precision"], str(metrics["git_commit"])[:10], metrics["versions"]["torch"],
+             f"{minutes(metrics):.1f}", seconds_per_epoch(metrics),
+             str(metrics.get("peak_gpu_memory_mib", metrics["peak_memory_mib"]))]
+            for question, metrics in found.items()]
     recipes = [[name, ", ".join(f"{key} {value}" for key, value in model["recipe"].items()
                                 if key not in ("split_sha256", "first_weights"))]
                for metrics in found.values() for name, model in metrics.get("models", {}).items()
@@ -326,9 +329,15 @@ def origin_section(found):
     split = next(iter(found.values()))["split_sha256"]
     return [("heading", "How these results were made"),
             ("text", f"SHA-256 of the split: {split}"),
-            ("table", ["question", "seed", "device", "precision", "commit", "torch", "minutes"],
-             rows),
+            ("table", ["question", "seed", "device", "precision", "commit", "torch", "minutes",
+                       "seconds per epoch", "peak memory, MiB"], rows),
             *([("table", ["model", "recipe"], recipes)] if recipes else [])]
+
+
+def seconds_per_epoch(metrics):
+    """The median of each training's epochs, since a machine may have had other work in some."""
+    return ", ".join(f"{statistics.median(epoch['seconds'] for epoch in model['history']):.1f}"
+                     for model in metrics.get("models", {}).values() if "history" in model)
 
 
 def minutes(metrics):

@@ -198,10 +198,19 @@ def test_all_questions_measure_on_the_test_part_and_on_its_perturbed_version(mon
     args = SimpleNamespace(seed=5, precision="bfloat16")
     with pytest.raises(Noted):
         common.measured_on_test(common.resnet18(10, "imagenet"), test, args)
-    model, exact, images, perturbed, labels, seed, *_ = seen[0]
+    model, exact, images, perturbed, labels, seed, losses, _ = seen[0]
+    assert losses == (common.summed_cross_entropy, common.summed_margin)
     assert (model.precision, exact.precision, seed) == ("bfloat16", "float32", 5)
     assert torch.equal(images, common.as_float(test[0])) and torch.equal(labels, test[1])
     assert torch.equal(perturbed, common.perturbed_images(test[0], "test", 5))
+
+
+def test_perturbed_images_are_the_same_whatever_batch_a_device_is_given(monkeypatch):
+    images = torch.randint(256, (600, 3, 8, 8), dtype=torch.uint8)
+    expected = common.perturbed_images(images, "test", 0)
+    assert common.batch_for(images) < common.batch_for(images.to("meta"))
+    monkeypatch.setattr(common, "batch_for", lambda tensor: 17)
+    assert torch.equal(common.perturbed_images(images, "test", 0), expected)
 
 
 # ---- What is warned of -------------------------------------------------------------------------
