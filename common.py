@@ -36,6 +36,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -1035,9 +1036,13 @@ def parse_arguments(parser):
         args.device = next(device for device in present if present[device])
     if args.precision == "auto":
         args.precision = best_precision(args.device)
-    probe = args.results / f".writable-{os.getpid()}"
-    write_file(probe, b"")  # not to be found out after an hour's training
-    probe.unlink()
+    try:  # not to be found out after an hour's training
+        args.results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.results) as probe:
+            probe.write(bytes(10**6))
+    except OSError as error:
+        raise UserError(f"cannot write in {args.results}: {error.strerror}; make room or give "
+                        "another --results") from error
     return args
 
 
