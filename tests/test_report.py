@@ -88,6 +88,12 @@ def test_what_perturbation_does_is_said_by_sign_and_error(perturbed, sentence):
     )
 
 
+@pytest.mark.parametrize("errors, shown", [(0, False), (1.5, False), (2.5, True), (-2.5, True)])
+def test_a_difference_shows_from_two_standard_errors_on(errors, shown):
+    error = (2 * 0.5 * 0.5 / 10_000) ** 0.5
+    assert report.shows(0.5, 0.5 + errors * error, 10_000) == shown
+
+
 @pytest.mark.parametrize(
     "noise, said, not_said",
     [
