@@ -21,6 +21,10 @@ Slow imports (torchvision, matplotlib, umap) stand in the functions that need th
 instant.
 """
 
+import signal
+
+INTERRUPT = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a quiet end while modules load
+
 import argparse
 import contextlib
 import copy
@@ -46,6 +50,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+signal.signal(signal.SIGINT, INTERRUPT)
 
 # ---- Question 1: images, split, random numbers --------------------------------------------------
 
@@ -441,8 +447,7 @@ def _resume(state_file, model, optimizer, recipe):
         if changed:
             raise UserError(f"{state_file} was made with other settings ({'; '.join(changed)}); "
                             "use those again, or start over with --fresh")
-        if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-            raise ValueError("weights that are not finite")
+        refuse_unlike(state["model"], model.state_dict())
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for weight, kept in optimizer.state.items():  # SGD would write past a smaller one
@@ -470,6 +475,7 @@ def fit_umap(features, seed):
     longer than everything else.
     """
     import scipy.sparse
+    _let_numba_cache()
     if len(features) <= UMAP_NEIGHBOURS or not features.isfinite().all():
         raise ValueError(f"a map needs more than {UMAP_NEIGHBOURS} points, all of them finite")
     from umap import UMAP
@@ -496,6 +502,14 @@ def fit_umap(features, seed):
         warnings.simplefilter("ignore", UserWarning)  # that it has no search of its own
         reducer.fit(scipy.sparse.csr_matrix((len(features), len(features)), dtype=np.float32))
     return reducer.embedding_, place
+
+
+def _let_numba_cache():
+    """Give UMAP's compiler a temporary folder where UMAP's and home are read-only."""
+    import importlib.util
+    places = Path(importlib.util.find_spec("umap").origin).parent, Path.home()
+    if not any(os.access(place, os.W_OK) for place in places):
+        os.environ.setdefault("NUMBA_CACHE_DIR", tempfile.mkdtemp(prefix="numba-"))
 
 
 def save_figure(figure, path):
@@ -1201,6 +1215,16 @@ def load_torch(content):
     return torch.load(content, map_location="cpu", weights_only=True)
 
 
+def refuse_unlike(weights, expected):
+    """Raise ValueError unless the weights have expected names, types and shapes, and are finite."""
+    for name, tensor in expected.items():
+        found = weights[name]
+        if (found.dtype, found.layout, found.shape) != (tensor.dtype, tensor.layout, tensor.shape):
+            raise ValueError(f"{name} is of another type or shape")
+        if not found.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
 # ---- Checkpoints --------------------------------------------------------------------------------
 
 
@@ -1239,11 +1263,8 @@ def read_checkpoint(path, made_by="the script of its question", split=None):
             raise ValueError("a network of that size could fill the memory")
         with torch.random.fork_rng(devices=[]):
             model = resnet18(checkpoint["num_outputs"], checkpoint["stem"]).eval()
-        weights, expected = checkpoint["weights"], model.state_dict()
-        if not all(weights[name].dtype == tensor.dtype and weights[name].isfinite().all()
-                   for name, tensor in expected.items()):
-            raise ValueError("weights of another type, or not finite")
-        model.load_state_dict(weights)
+        refuse_unlike(checkpoint["weights"], model.state_dict())
+        model.load_state_dict(checkpoint["weights"])
         origin, digest = dict(checkpoint["provenance"]), sha256(content.getbuffer())
         if split and origin.get("split_sha256") != split["sha256"]:
             raise UserError(f"{path} was trained on another split, so test images may be among its "
@@ -1303,10 +1324,12 @@ def provenance(args, question, split, parents=()):
 def write_metrics(folder, origin, metrics):
     """Write metrics.json, a script's last file: provenance first, then the question's own numbers.
 
+    With them the SHA-256 of the question's figures, so that no others come to stand beside them.
     A question that measures models has them under `models`: a dict from the name that tables show
     to a dict with `accuracy` by condition and whatever else was measured.
     """
-    metrics = {**origin, **metrics, "peak_memory_mib": _peak_memory_mib()}
+    figures = {path.name: sha256(path.read_bytes()) for path in sorted(folder.glob("*.png"))}
+    metrics = {**origin, **metrics, "figures": figures, "peak_memory_mib": _peak_memory_mib()}
     if origin.get("device") == "cuda":
         metrics["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
     write_file(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False).encode())

@@ -15,10 +15,10 @@ Run     python q1_split.py
 
 import io
 
+import common
+
 import numpy as np
 import torch
-
-import common
 
 PER_CLASS = {"train": 1200, "val": 2400, "test": 2400}
 QUICK_PER_CLASS = {"train": 100, "val": 30, "test": 30}

@@ -12,11 +12,11 @@ Writes  results/q2: model.pt, figure03 to figure06, confusion and reliability fi
 Run     python q2_train_ce.py
 """
 
+import common
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-import common
 
 RECIPES = {  # searched on validation: docs/recipes.md
     # For processors without bfloat16, as in most laptops; the recipe is that of stride2.

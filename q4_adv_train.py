@@ -20,10 +20,10 @@ Run     python q4_adv_train.py
 
 import copy
 
+import common
+
 import torch
 import torch.nn.functional as F
-
-import common
 
 RECIPES = {  # searched on validation: docs/recipes.md. Both models share all but rate and noise.
     # lr: of the model trained with FGM; lr_perturbed: of the one without; noise: in epsilons

@@ -26,11 +26,11 @@ Run     python q6_angular.py
 import sys
 from pathlib import Path
 
+import common
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-import common
 
 RECIPES = {  # searched on validation, from question 2's weights: docs/recipes.md
     # From random weights only --lr 0.1 has been tried; from ImageNet's no rate has.

@@ -36,13 +36,15 @@ def main():
     try:
         refuse_mixtures(found, args)
         blocks = assemble(found, " · ".join(filter(None, [args.author, args.student_id])))
+        hashes = {f"{question}/{name}": digest for question, metrics in found.items()
+                  for name, digest in metrics["figures"].items()}
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         commands = "; ".join(common.script_command(question, args) for question in found)
         raise common.UserError(f"a metrics.json in {args.results} lacks something or holds what it "
                                f"should not ({error}); make them again with: {commands}") from error
     common.write_file(args.results / "q5" / "angular_loss.png",
                       (HERE / "docs" / "angular_loss.png").read_bytes())
-    page = html_page(blocks, args)  # first, since a missing figure must leave both as they were
+    page = html_page(blocks, args, hashes)  # first: a missing figure must leave both as they were
     common.write_file(args.results / "report.md", markdown(blocks).encode())
     common.write_file(args.results / "report.html", page.encode())
     print(f"Report: {args.results / 'report.html'} (self-contained), {args.results / 'report.md'}")
@@ -476,14 +478,18 @@ math[display=block] { margin: .5rem 0 }
 """
 
 
-def html_page(blocks, args):
-    """Blocks as one HTML page with the figures inside. Raises UserError for a missing figure."""
+def html_page(blocks, args, hashes):
+    """Blocks as one HTML page with the figures inside.
+
+    hashes: dict from a figure's path to its SHA-256. Raises UserError for a figure that is missing
+    or of another run.
+    """
     headings = [content[0] for kind, *content in blocks if kind == "heading"]
     parts = []
     for kind, group in itertools.groupby(blocks, key=lambda block: block[0]):
         contents = [content for _, *content in group]
         if kind == "figure":  # those that follow each other stand side by side
-            figures = "".join(html_figure(*content, args) for content in contents)
+            figures = "".join(html_figure(*content, args, hashes) for content in contents)
             parts.append(f"<div class='figures'>{figures}</div>")
         elif kind == "markdown":
             parts += [html_block(block.strip(), args) for content in contents for block in
@@ -516,12 +522,14 @@ def html_row(tag, cells):
     return "<tr>" + "".join(f"<{tag}>{html_line(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
-def html_figure(path, caption, args):
-    """A figure with its image inside. Raises UserError when that is missing."""
+def html_figure(path, caption, args, hashes):
+    """A figure with its image inside. Raises UserError when that is missing or has another hash."""
     made_by = (f"python report.py --results {args.results}" if path.startswith("q5") else
                common.script_command(path[:2], args))
     with common.opened(args.results / path, made_by) as image:
         content = image.read()
+        if not path.startswith("q5") and hashes.get(path) != common.sha256(content):
+            raise ValueError("the figure of another run than metrics.json")
     across, down = struct.unpack(">II", content[16:24])  # of a PNG
     data = base64.b64encode(content).decode()
     wide = " class='wide'" if across > 1.6 * down or "examples" in path else ""
@@ -543,7 +551,7 @@ def html_block(block, args):
     if block.startswith("$$"):
         return mathml(block.strip("$"), "block")
     if figure := re.match(r"!\[(.*)\]\((.*)\)$", block):
-        return html_figure(figure[2], figure[1], args)
+        return html_figure(figure[2], figure[1], args, {})
     if block.startswith("|"):
         header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")]
                             for line in block.split("\n"))

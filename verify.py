@@ -16,11 +16,11 @@ Run     python verify.py --results FOLDER
 
 import sys
 
-import numpy as np
-
 import common
 import q1_split
 import q6_angular
+
+import numpy as np
 
 TOLERANCE = 0.002
 FGM_IMAGES, PGD_IMAGES = 2_000, 500

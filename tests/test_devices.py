@@ -1,5 +1,12 @@
 """What a GPU would refuse, wait for or round, shown without one."""
 
+import common
+import helpers
+import q2_train_ce
+import q3_attack
+import q4_adv_train
+import q6_angular
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,13 +14,6 @@ from pytorch_metric_learning.utils import accuracy_calculator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-import common
-import helpers
-import q2_train_ce
-import q3_attack
-import q4_adv_train
-import q6_angular
 
 COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy)
 

@@ -6,16 +6,14 @@ import errno
 import io
 import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-
-import numpy as np
-import pytest
-import torch
 
 import common
 import helpers
@@ -25,6 +23,10 @@ import q3_attack
 import q4_adv_train
 import q6_angular
 import report
+
+import numpy as np
+import pytest
+import torch
 
 
 @pytest.fixture
@@ -660,13 +662,15 @@ def test_an_archive_that_declares_gigabytes_is_not_unpacked(tmp_path):
     "damage",
     [
         lambda state: state["model"]["weight"].fill_(torch.nan),
+        lambda state: state["model"].update(weight=state["model"]["weight"].to_sparse()),
+        lambda state: state["model"].update(weight=torch.zeros(()).expand(40_000, 40_000)),
         lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)),
         lambda state: state.update(history=[{"loss": "low"}]),
         lambda state: state.update(history=7),
         lambda state: state.update(history=[{"loss": float("inf")}]),
         lambda state: state.pop("best"),
     ],
-    ids=["nan", "momentum", "word", "number", "infinite", "lacking"],
+    ids=["nan", "sparse", "huge", "momentum", "word", "number", "infinite", "lacking"],
 )
 def test_a_state_that_is_sound_as_a_file_but_not_in_content_is_refused(tmp_path, damage):
     path = tmp_path / "training.pt"
@@ -711,3 +715,30 @@ def test_old_numbers_go_before_a_new_model_comes(tmp_path):
 def test_features_of_which_there_is_no_map_are_a_value_error(features):
     with pytest.raises(ValueError, match="a map needs more than 15 points"):
         common.fit_umap(features, 0)
+
+
+def test_figures_of_another_run_do_not_go_into_the_report(error_line, quick_run, tmp_path):
+    results = shutil.copytree(quick_run.results, tmp_path / "results")
+    figure = results / "q2" / "figure03_accuracy.png"
+    for content in ((results / "q2" / "figure04_loss.png").read_bytes(), b""):
+        figure.write_bytes(content)
+        line = error_line(report.main, "--quick", "--results", results)
+        assert "figure03_accuracy.png" in line and "of another run" in line
+        assert "python q2_train_ce.py" in line
+
+
+def test_ctrl_c_while_the_modules_load_ends_quietly():
+    command = helpers.script("q1_split.py", "--help")
+    status, seen = helpers.send_signal(command, signal.SIGINT, 0.4)
+    assert status == -signal.SIGINT and seen == ""
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_umaps_compiler_has_a_place_to_write(monkeypatch, writable):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)
+    common._let_numba_cache()
+    assert ("NUMBA_CACHE_DIR" in os.environ) != writable
+    if not writable:
+        assert Path(os.environ["NUMBA_CACHE_DIR"]).is_dir()

@@ -3,17 +3,17 @@
 import re
 from types import SimpleNamespace
 
-import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 import common
 import helpers
 import q1_split
 import q2_train_ce
 import q4_adv_train
 import q6_angular
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 class Noted(Exception):

@@ -2,6 +2,12 @@
 
 import math
 
+import common
+import helpers
+import q2_train_ce
+import q4_adv_train
+import q6_angular
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +15,6 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import AngularLoss
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
-
-import common
-import helpers
-import q2_train_ce
-import q4_adv_train
-import q6_angular
 
 
 def trained_looking(stem, num_outputs=10):

@@ -2,10 +2,10 @@
 
 import os
 
+import common
+
 import pytest
 import torch
-
-import common
 
 pytestmark = pytest.mark.skipif(
     "CIFAR10_DATA" not in os.environ, reason="CIFAR10_DATA does not name a folder with CIFAR-10"

@@ -5,10 +5,10 @@ import json
 import re
 from xml.etree import ElementTree
 
-import pytest
-
 import common
 import report
+
+import pytest
 
 CLEAN = {
     "clean": 0.85,
