@@ -77,6 +77,10 @@ seeds:
 quick:
 	$(MAKE) RESULTS=$(if $(filter command,$(origin RESULTS)),$(RESULTS),results-quick) FLAGS="--quick $(FLAGS)"
 
+# A few minutes with nothing to fetch but the packages, on pictures that it draws itself.
+demo: .venv/installed
+	PYTHONPATH=. $(VENV) tests/demo.py
+
 # Is the results folder what it says? Measures it again, without training.
 verify: .venv/installed
 	$(VENV) verify.py $(MODEL)
@@ -100,5 +104,5 @@ bench: .venv/installed
 	$(VENV) -m pip install --quiet --requirement tests/requirements-peers.txt
 	$(VENV) tests/bench.py --data "$(DATA)"
 
-.PHONY: all asked seeds quick verify autoattack lint test stress bench
+.PHONY: all asked seeds quick demo verify autoattack lint test stress bench
 .NOTPARALLEL:  # two trainings at once would share the cores and take longer

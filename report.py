@@ -31,11 +31,13 @@ def main():
     parser = common.argument_parser(__doc__)
     parser.add_argument("--author", default="", help="whose name stands below the title")
     parser.add_argument("--student-id", default="", help="what stands beside it")
+    parser.add_argument("--note", default="", help="a line for the head of every page")
     args = common.parse_arguments(parser)
     found = read_results(args)
     try:
         refuse_mixtures(found, args)
-        blocks = assemble(found, " · ".join(filter(None, [args.author, args.student_id])))
+        author = " · ".join(filter(None, [args.author, args.student_id]))
+        blocks = assemble(found, author, args.note)
         hashes = {f"{question}/{name}": digest for question, metrics in found.items()
                   for name, digest in metrics["figures"].items()}
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -50,9 +52,9 @@ def main():
     print(f"Report: {args.results / 'report.html'} (self-contained), {args.results / 'report.md'}")
 
 
-def assemble(found, author=""):
+def assemble(found, author="", note=""):
     """The whole report as a list of blocks (see the sections below). found: question to metrics."""
-    blocks = introduction(found, author)
+    blocks = introduction(found, author) + ([("note", note)] if note else [])
     for question, section in {"q1": split_section, "q2": training_section, "q3": attack_section,
                               "q4": adversarial_section, "q6": angular_section}.items():
         if question in found:
@@ -449,7 +451,7 @@ def markdown(blocks):
         elif kind == "figure":
             lines.append(f"![{content[1]}]({content[0]})\n\n*{content[1]}*")
         else:
-            lines.append({"title": "# ", "heading": "## ", "text": ""}[kind] + content[0])
+            lines.append({"title": "# ", "heading": "## "}.get(kind, "") + content[0])
     return "\n\n".join(lines) + "\n"
 
 
@@ -465,6 +467,8 @@ td, th { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left }
 tr, math, pre { break-inside: avoid }
 pre { overflow-x: auto; font-size: .85em }
 h1, h2, h3 { break-after: avoid }
+header { position: fixed; top: 0; left: 0; right: 0; text-align: center; font-weight: bold;
+         color: #b00; background: #fffc }
 math[display=block] { margin: .5rem 0 }
 @media (max-width: 40rem) { .figures { grid-template-columns: 1fr } }
 @media print {
@@ -505,7 +509,7 @@ def html_page(blocks, args, hashes):
                 parts.append(f"<ul>{links}</ul>")
             parts.append(f"<h2 id='{number}'>{html.escape(contents[0][0])}</h2>")
         else:
-            tag = {"title": "h1", "text": "p"}[kind]
+            tag = {"title": "h1", "text": "p", "note": "header"}[kind]
             parts += [f"<{tag}>{html.escape(content[0])}</{tag}>" for content in contents]
     return (f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width'>"

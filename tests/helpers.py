@@ -36,11 +36,11 @@ TRAINING_FLAGS = {"q2": ["--stem", "imagenet"], "q4": [], "q6": ["--init", "scra
 # ---- Data --------------------------------------------------------------------------------------
 
 
-def write_synthetic_cifar10(root, per_file=10_000):
+def write_synthetic_cifar10(root, per_file=10_000, contrast=16):
     """CIFAR-10's files under `root`: noise and over it, faintly, a coarse picture per class."""
     rng = np.random.default_rng(0)
     pictures = np.kron(
-        rng.integers(-16, 17, (10, 3, 4, 4), np.int16), np.ones((8, 8), np.int16)
+        rng.integers(-contrast, contrast + 1, (10, 3, 4, 4), np.int16), np.ones((8, 8), np.int16)
     ).reshape(10, 3072)
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)

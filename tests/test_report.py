@@ -6,6 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import common
+import helpers
 import report
 
 import pytest
@@ -263,3 +264,11 @@ def test_the_report_bears_its_author_and_the_date():
 def test_a_name_that_would_break_a_table_is_escaped():
     text = report.markdown([("table", ["a|b", "c"], [["d\ne", "\x1b[31m"]])])
     assert text.splitlines() == ["| a\\|b | c |", "| --- | --- |", "| d e | \\x1b[31m |"]
+
+
+def test_a_note_stands_in_both_forms(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "origin_section", lambda found: [])
+    blocks = report.assemble({"q3": {**question_3(), "quick": False}}, note="A DRAFT")[:4]
+    assert ("note", "A DRAFT") in blocks and "A DRAFT" in report.markdown(blocks)
+    page = report.html_page([*blocks, ("heading", "H")], helpers.tiny_args(results=tmp_path), {})
+    assert "<header>A DRAFT</header>" in page
