@@ -1,6 +1,7 @@
 """What several test files, and the long form in stress.py, share."""
 
 import io
+import os
 import pickle
 import random
 import signal
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+posix = pytest.mark.skipif(os.name != "posix", reason="signals, links and locks of POSIX systems")
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "q1": "q1_split.py",

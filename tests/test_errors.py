@@ -553,6 +553,7 @@ def test_the_command_that_makes_a_file_is_quoted_and_names_data_and_seed():
     assert "--seed" not in common.script_command("q1", args)  # the split is seed 0's
 
 
+@helpers.posix
 def test_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["script.py", "--data=~/cifar", "--results=~/out"])
@@ -571,6 +572,7 @@ def test_figures_need_no_backend(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@helpers.posix
 def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeypatch):
     original = os.open
 
@@ -601,6 +603,7 @@ def test_flags_of_any_kind_end_in_one_short_line_that_a_terminal_can_show(
     assert "--seed" in line and len(line) < 1000 and line.isprintable()
 
 
+@helpers.posix
 def test_output_that_ends_early_ends_quietly(tmp_path):
     code = "import common\ncommon.run(lambda: [print('x' * 1000) for _ in range(1000)])"
     command = f'"{sys.executable}" -c "{code}" | head -n 1'
@@ -616,6 +619,7 @@ def test_output_in_ascii_shows_other_letters_as_well_as_it_can():
     assert finished.returncode == 0 and finished.stdout == "\\u03b5\n"
 
 
+@helpers.posix
 def test_two_trainings_in_one_folder_are_refused_in_a_line(tmp_path):
     with common.only_one(tmp_path):
         with pytest.raises(common.UserError, match="another process is training") as error:
@@ -626,6 +630,7 @@ def test_two_trainings_in_one_folder_are_refused_in_a_line(tmp_path):
     helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt")
 
 
+@helpers.posix
 def test_a_planted_link_is_neither_followed_nor_left(tmp_path):
     (tmp_path / "victim").write_text("kept")
     (tmp_path / f"file.{os.getpid()}.part").symlink_to(tmp_path / "victim")
@@ -635,6 +640,7 @@ def test_a_planted_link_is_neither_followed_nor_left(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "victim"]
 
 
+@helpers.posix
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 def test_only_regular_files_are_read(tmp_path, kind):
     path = tmp_path / "model.pt"
@@ -727,6 +733,7 @@ def test_figures_of_another_run_do_not_go_into_the_report(error_line, quick_run,
         assert "python q2_train_ce.py" in line
 
 
+@helpers.posix
 def test_ctrl_c_while_the_modules_load_ends_quietly():
     command = helpers.script("q1_split.py", "--help")
     status, seen = helpers.send_signal(command, signal.SIGINT, 0.4)

@@ -35,6 +35,7 @@ def history_of(results):
     return torch.load(results / "training.pt", weights_only=True)["history"]
 
 
+@helpers.posix
 def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(finished, tmp_path):
     rng = random.Random(0)
     seconds = min(epoch["seconds"] for epoch in history_of(finished))
@@ -51,6 +52,7 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(finished, 
     helpers.assert_same_training(tmp_path / "training.pt", finished / "training.pt")
 
 
+@helpers.posix
 def test_ctrl_c_ends_with_one_line_that_tells_how_to_go_on(tmp_path):
     command = helpers.script("tests/tiny_training.py", "--results", tmp_path)
     status, seen = helpers.send_signal(command, signal.SIGINT, 0.2, after="epoch")
