@@ -459,7 +459,7 @@ def test_a_report_that_lacks_a_figure_leaves_the_old_one(error_line, tmp_path, m
     monkeypatch.setattr(
         report,
         "assemble",
-        lambda found, author: [("title", "Report"), ("figure", "q3/figure08_umap.png", "Figure 8")],
+        lambda *arguments: [("title", "Report"), ("figure", "q3/figure08_umap.png", "Figure 8")],
     )
     monkeypatch.setattr(report, "refuse_mixtures", lambda found, args: None)
     line = error_line(report.main, "--results", tmp_path, "--quick")
