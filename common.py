@@ -21,12 +21,14 @@ Slow imports (torchvision, matplotlib, umap) stand in the functions that need th
 instant.
 """
 
+import contextlib
 import signal
 
-INTERRUPT = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a quiet end while modules load
+INTERRUPT = signal.getsignal(signal.SIGINT)
+with contextlib.suppress(ValueError):  # raised outside the main thread, where it is not needed
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a quiet end while modules load
 
 import argparse
-import contextlib
 import copy
 import glob
 import hashlib
@@ -51,7 +53,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-signal.signal(signal.SIGINT, INTERRUPT)
+with contextlib.suppress(ValueError, TypeError):
+    signal.signal(signal.SIGINT, INTERRUPT)
 
 # ---- Question 1: images, split, random numbers --------------------------------------------------
 
@@ -948,6 +951,10 @@ def nearest_neighbours(queries, k, reference):
 # ==== Housekeeping: nothing below changes a number ===============================================
 
 
+# What reading metrics of another form than ours may raise.
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
 class UserError(Exception):
     """Something the user can put right. One line: what is wrong, where, and what to do."""
 
@@ -1349,6 +1356,13 @@ def read_metrics(path, made_by):
         return dict(json.load(content))
 
 
+def metrics_found(args, questions):
+    """The metrics of those of the questions that have been run: dict from question to metrics."""
+    paths = {question: args.results / question / "metrics.json" for question in questions}
+    return {question: read_metrics(path, script_command(question, args))
+            for question, path in paths.items() if path.exists()}
+
+
 def measured_before(args, split):
     """What questions 3 and 4 measured under the same conditions: dict from model to its numbers.
 
@@ -1358,11 +1372,11 @@ def measured_before(args, split):
     for question in ("q3", "q4"):
         path, made_by = args.results / question / "metrics.json", script_command(question, args)
         if path.exists():
-            metrics = read_metrics(path, made_by)
-            if metrics.get("split_sha256") != split["sha256"]:
-                raise UserError(f"{path} is of another split; make it again with: {made_by}")
-            with opened(path, made_by):  # what will be printed after an hour is tried now
-                condition_rows(metrics["models"])
+            with opened(path, made_by) as content:
+                metrics = json.load(content)
+                if metrics.get("split_sha256") != split["sha256"]:
+                    raise UserError(f"{path} is of another split; make it again with: {made_by}")
+                condition_rows(metrics["models"])  # what will be printed in an hour is tried now
                 models.update({name: {**model, "warnings": list(map(str, model["warnings"]))}
                                for name, model in metrics["models"].items()})
     return models

@@ -40,7 +40,7 @@ def main():
         blocks = assemble(found, author, args.note)
         hashes = {f"{question}/{name}": digest for question, metrics in found.items()
                   for name, digest in metrics["figures"].items()}
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except common.MALFORMED as error:
         commands = "; ".join(common.script_command(question, args) for question in found)
         raise common.UserError(f"a metrics.json in {args.results} lacks something or holds what it "
                                f"should not ({error}); make them again with: {commands}") from error
@@ -66,11 +66,7 @@ def assemble(found, author="", note=""):
 
 def read_results(args):
     """The metrics of the questions that have been run: dict from question to its metrics.json."""
-    found = {}
-    for question in QUESTIONS:
-        path = args.results / question / "metrics.json"
-        if path.exists():
-            found[question] = common.read_metrics(path, common.script_command(question, args))
+    found = common.metrics_found(args, QUESTIONS)
     add_referee(found, args.results / "autoattack.json")
     if not found:
         raise common.UserError(f"{args.results} holds no results; begin with: "

@@ -30,13 +30,11 @@ QUESTIONS = ("q2", "q3", "q4", "q6")  # those that tell of models
 def main():
     args = common.parse_arguments(common.argument_parser(__doc__))
     split, data = common.load_data(args)
-    found = {question: common.read_metrics(path, common.script_command(question, args))
-             for question in ("q1", *QUESTIONS)
-             if (path := args.results / question / "metrics.json").exists()}
+    found = common.metrics_found(args, ("q1", *QUESTIONS))
     rows = split_rows(split, common.load_cifar10(args.data)[1].numpy())
     try:
         rows += model_rows(found, split, data, args)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except common.MALFORMED as error:
         raise common.UserError(f"a metrics.json in {args.results} lacks something or holds what it "
                                f"should not ({error})") from error
     sys.exit(tell(rows, [question for question in ("q1", *QUESTIONS) if question not in found]))

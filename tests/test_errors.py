@@ -749,3 +749,13 @@ def test_umaps_compiler_has_a_place_to_write(monkeypatch, writable):
     assert ("NUMBA_CACHE_DIR" in os.environ) != writable
     if not writable:
         assert Path(os.environ["NUMBA_CACHE_DIR"]).is_dir()
+
+
+def test_common_can_be_imported_outside_the_main_thread():
+    code = (
+        "import threading\n"
+        "thread = threading.Thread(target=lambda: print(__import__('common').CLASSES[0]))\n"
+        "thread.start(), thread.join()"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (finished.stdout, finished.stderr) == ("airplane\n", "")
