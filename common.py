@@ -297,6 +297,7 @@ def validation_scores(model, images, labels):
 # ---- Question 2: training -----------------------------------------------------------------------
 
 OPTIMIZER = {
+    "optimizer": "sgd",
     "momentum": 0.9,
     "weight_decay": 5e-4,  # of weights only, not of batch-norms and biases
     "warmup": 0.2,  # share of the steps in which the rate rises linearly; then it falls to 0
@@ -331,7 +332,7 @@ def shuffled_batches(labels, batch_size, generator):
 
 
 def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False, guard=None):
-    """Train `model` in place, resumably, by SGD with Nesterov momentum and a one-cycle rate.
+    """Train `model` in place, resumably, at a one-cycle rate.
 
     data: images (uint8) and labels of the training part; recipe: see choose_recipe;
     step(model, images, labels, generator, recipe): a batch's differentiable loss and number of
@@ -345,7 +346,7 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
     for a loss that is no longer finite.
     """
     model.precision = recipe["precision"]
-    optimizer = sgd(model, recipe)
+    optimizer = optimizer_for(model, recipe)
     history, best = ([], None) if fresh else _resume(state_file, model, optimizer, recipe)
     with only_one(Path(state_file).parent):
         for epoch in range(len(history), recipe["epochs"]):
@@ -413,14 +414,16 @@ def train_epoch(model, optimizer, data, step, batches, recipe, epoch):
     return torch.stack(losses).cpu(), float(correct) / seen
 
 
-def sgd(model, recipe):
-    """The optimiser of every training; only weights decay, batch-norms and biases do not."""
+def optimizer_for(model, recipe):
+    """SGD with Nesterov momentum, or AdamW; only weights decay, batch-norms and biases do not."""
     weights = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [{"params": weights, "weight_decay": recipe["weight_decay"]},
               {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=recipe["lr"], momentum=recipe["momentum"], nesterov=True,
-                           fused=recipe["device"] != "mps")
+    fused, momentum = recipe["device"] != "mps", recipe["momentum"]
+    if recipe["optimizer"] == "adamw":
+        return torch.optim.AdamW(groups, recipe["lr"], betas=(momentum, 0.999), fused=fused)
+    return torch.optim.SGD(groups, recipe["lr"], momentum, nesterov=True, fused=fused)
 
 
 def one_cycle(progress, warmup):
@@ -453,8 +456,8 @@ def _resume(state_file, model, optimizer, recipe):
         refuse_unlike(state["model"], model.state_dict())
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        for weight, kept in optimizer.state.items():  # SGD would write past a smaller one
-            if kept["momentum_buffer"].shape != weight.shape:
+        for weight, kept in optimizer.state.items():  # it would write past a smaller one
+            if any(value.shape not in ((), weight.shape) for value in kept.values()):
                 raise ValueError("momentum of another shape")
         history, best = [dict(epoch) for epoch in state["history"]], state["best"]
         if not all(math.isfinite(value) for epoch in history for value in epoch.values()):
@@ -1085,8 +1088,8 @@ def choose_recipe(args, recipes, stem, question, split, **constants):
     `train`, to the resume check, into the checkpoint and into metrics.json.
     """
     row = {**recipes[stem], **({"epochs": 2} if args.quick else {})}
-    flags = {name: getattr(args, name) for name in row if getattr(args, name) is not None}
-    return {"question": question, "stem": stem, **row, **flags, **constants, **OPTIMIZER,
+    flags = {name: getattr(args, name) for name in row if getattr(args, name, None) is not None}
+    return {"question": question, "stem": stem, **OPTIMIZER, **row, **flags, **constants,
             "seed": args.seed, "precision": args.precision, "device": args.device,
             "split_sha256": split["sha256"], "torch": str(torch.__version__)}
 

@@ -63,7 +63,8 @@ def main():
                                   embedding=EMBEDDING, init=args.init, first_weights=parents)
 
     untrained = common.frozen(model, args.precision)
-    history = train_embedding(model, data, recipe, folder / "training.pt", args.fresh)
+    history = train_embedding(model, training_step, data, recipe, folder / "training.pt",
+                              args.fresh)
     made = common.save_trained(folder, "model", model, history, recipe, origin)
     draw_curves(folder, history)
     trained, train_labels = common.frozen(model, args.precision), data["train"][1]
@@ -135,8 +136,8 @@ def imagenet_weights():
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def train_embedding(model, data, recipe, state_file, fresh):
-    """Train the model in place with the angular loss; returns the history."""
+def train_embedding(model, step, data, recipe, state_file, fresh):
+    """Train the model in place by `step` on batches with every class; returns the history."""
     images, labels = (part[:REFERENCE_IMAGES] for part in data["train"])
     val_images, val_labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
 
@@ -149,13 +150,19 @@ def train_embedding(model, data, recipe, state_file, fresh):
         return {"val_loss": float(np.mean(losses)),
                 "val_accuracy": common.accuracy(vote(train, labels, val), val_labels)}
 
-    return common.train(model, data["train"], training_step, class_balanced_batches, evaluate,
-                        recipe, state_file, fresh)
+    return common.train(model, data["train"], step, class_balanced_batches, evaluate, recipe,
+                        state_file, fresh)
 
 
 def training_step(model, images, labels, generator, recipe):
     """Angular loss of uint8 images, and how many nearest other images are of their class."""
-    embeddings = F.normalize(model(common.crop_and_flip(common.as_float(images), generator)))
+    images = common.crop_and_flip(common.as_float(images), generator)
+    return loss_and_correct(model, images, labels, recipe)
+
+
+def loss_and_correct(model, images, labels, recipe):
+    """The same of images as they are, float32."""
+    embeddings = F.normalize(model(images))
     loss = angular_loss(embeddings, labels, recipe["alpha"])
     return loss, nearest_is_same_class(embeddings.detach(), labels)
 

@@ -402,8 +402,9 @@ def overfitting(model):
 
 def described(recipe):
     """A recipe in words."""
-    return (f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, SGD with Nesterov momentum, "
-            f"one-cycle learning rate up to {recipe['lr']:g}, stem {recipe['stem']}, "
+    optimizer = {"sgd": "SGD with Nesterov momentum", "adamw": "AdamW"}[recipe["optimizer"]]
+    return (f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {optimizer}, one-cycle "
+            f"learning rate up to {recipe['lr']:g}, stem {recipe['stem']}, "
             f"{recipe['precision']} on {recipe['device']}")
 
 

@@ -128,7 +128,8 @@ def test_training_needs_no_float64(tmp_path):
             model = common.resnet18(10, "imagenet")
             q4_adv_train.train_variant(model, step, data, recipe, tmp_path / "state.pt", fresh=True)
         model = common.resnet18(q6_angular.EMBEDDING, "imagenet")
-        q6_angular.train_embedding(model, data, recipe, tmp_path / "state.pt", fresh=True)
+        step = q6_angular.training_step
+        q6_angular.train_embedding(model, step, data, recipe, tmp_path / "state.pt", fresh=True)
 
 
 def test_question_2_needs_no_float64(tmp_path):

@@ -689,6 +689,16 @@ def test_a_state_that_is_sound_as_a_file_but_not_in_content_is_refused(tmp_path,
     assert one_line(error)
 
 
+def test_a_state_of_adamw_with_moments_of_another_shape_is_refused(tmp_path):
+    path = tmp_path / "training.pt"
+    helpers.train_linear(torch.nn.Linear(4, 2), path, optimizer="adamw")
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["state"][0].update(exp_avg_sq=torch.zeros(1))
+    torch.save(state, path)
+    with pytest.raises(common.UserError, match="another shape"):
+        helpers.train_linear(torch.nn.Linear(4, 2), path, optimizer="adamw", epochs=2)
+
+
 def test_a_loss_that_is_finite_but_absurd_stops_too(tmp_path):
     def step(model, points, labels, generator, recipe):
         return 1e7 + model(points).sum(), torch.tensor(0)

@@ -38,7 +38,12 @@ def test_the_constants_are_those_of_assignment_and_literature():
     assert (common.PGD_STEPS, common.PGD_STEP_SIZE) == (20, 2 / 255)
     assert common.JITTER == {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
     assert (common.MAX_ROTATION, common.NUM_PIXELS) == (5, 10)
-    assert common.OPTIMIZER == {"momentum": 0.9, "weight_decay": 5e-4, "warmup": 0.2}
+    assert common.OPTIMIZER == {
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "warmup": 0.2,
+    }
     assert (q2_train_ce.LABEL_SMOOTHING, q2_train_ce.CUTOUT, q4_adv_train.LABEL_SMOOTHING) == (
         0.1,
         12,
@@ -179,7 +184,7 @@ def test_question_4_is_scored_on_perturbed_validation_images_and_under_pgd(monke
 def test_question_6_is_scored_on_validation_images(monkeypatch):
     data, recipe = helpers.tiny_data(), helpers.tiny_recipe()
     evaluate = evaluated(
-        monkeypatch, lambda: q6_angular.train_embedding(None, data, recipe, None, False)
+        monkeypatch, lambda: q6_angular.train_embedding(None, None, data, recipe, None, False)
     )
     seen = []
     original = q6_angular.embed

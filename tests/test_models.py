@@ -419,6 +419,30 @@ def test_training_is_sgd_with_nesterov_momentum_and_weight_decay_on_weights_only
         np.testing.assert_allclose(found.detach().numpy(), tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_adamw_is_that_of_loshchilov_and_hutter_with_decay_of_weights_only():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    recipe = helpers.tiny_recipe(optimizer="adamw", lr=0.01, weight_decay=0.1)
+    optimizer = common.optimizer_for(model, recipe)
+    expected = [tensor.detach().double().numpy().copy() for tensor in (model.weight, model.bias)]
+    first, second = ([np.zeros_like(tensor) for tensor in expected] for _ in range(2))
+    for step in range(1, 6):
+        points = torch.randn(8, 4)
+        (model(points) ** 2).sum().backward()
+        gradients = [tensor.grad.double().numpy().copy() for tensor in (model.weight, model.bias)]
+        optimizer.step()
+        optimizer.zero_grad()
+        for number, (gradient, decay) in enumerate(zip(gradients, (0.1, 0), strict=True)):
+            first[number] = 0.9 * first[number] + 0.1 * gradient
+            second[number] = 0.999 * second[number] + 0.001 * gradient**2
+            mean, square = first[number] / (1 - 0.9**step), second[number] / (1 - 0.999**step)
+            expected[number] -= 0.01 * (
+                mean / (np.sqrt(square) + 1e-8) + decay * expected[number]
+            )
+    for found, tensor in zip((model.weight, model.bias), expected, strict=True):
+        np.testing.assert_allclose(found.detach().numpy(), tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_an_epoch_holds_every_image_at_most_once_and_only_full_batches():
     batches = common.shuffled_batches(torch.zeros(103), 10, torch.Generator().manual_seed(0))
     assert [len(batch) for batch in batches] == [10] * 10

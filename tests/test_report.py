@@ -31,6 +31,7 @@ RECIPE = {
     "epochs": 16,
     "batch_size": 64,
     "lr": 0.1,
+    "optimizer": "sgd",
     "stem": "stride2",
     "precision": "float32",
     "device": "cpu",
@@ -189,6 +190,11 @@ def test_the_rate_is_that_of_the_models_own_recipe():
     q4["models"]["without"]["recipe"] = {**RECIPE, "lr": 0.005}
     text = text_of(report.adversarial_section(q4))
     assert "without: 16 epochs, batch 64" in text and "up to 0.005" in text and "up to 0.1" in text
+
+
+def test_the_optimiser_is_that_of_the_models_own_recipe():
+    assert "SGD with Nesterov momentum, one-cycle" in report.described(RECIPE)
+    assert "AdamW, one-cycle" in report.described({**RECIPE, "optimizer": "adamw"})
 
 
 def test_autoattacks_numbers_stand_beside_the_models_that_they_were_made_on(tmp_path):

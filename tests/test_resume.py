@@ -69,7 +69,12 @@ def trainings():
         torch.manual_seed(0)
         model = common.resnet18(q6_angular.EMBEDDING, "imagenet")
         return q6_angular.train_embedding(
-            model, helpers.tiny_data(), helpers.tiny_recipe(), state_file, fresh=False
+            model,
+            q6_angular.training_step,
+            helpers.tiny_data(),
+            helpers.tiny_recipe(),
+            state_file,
+            fresh=False,
         )
 
     def adversarial(step):

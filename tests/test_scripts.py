@@ -179,6 +179,18 @@ def test_a_recipe_is_the_stems_row_and_a_flag_overrides_its_entry(
             )
 
 
+def test_adamw_brings_its_batch_size_rate_and_decay_which_flags_override(monkeypatch, tmp_path):
+    for stem, row in q2_train_ce.RECIPES.items():
+        for words, changed in ([], {}), (["--lr", "0.02"], {"lr": 0.02}):
+            monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path), *words])
+            args = common.parse_arguments(common.argument_parser("A script.", q2_train_ce.RECIPES))
+            recipes = q2_train_ce.recipes_with("adamw")
+            recipe = common.choose_recipe(args, recipes, stem, "q2", {"sha256": "tiny"})
+            expected = {**row, "optimizer": "adamw", "weight_decay": 0.01, "batch_size": 128}
+            assert recipe.items() >= {**expected, "lr": q2_train_ce.ADAMW["lr"], **changed}.items()
+    assert q2_train_ce.recipes_with("sgd") == q2_train_ce.RECIPES
+
+
 def test_the_stem_is_that_of_question_2_everywhere(metrics):
     stems = {
         model.get("recipe", model)["stem"]
