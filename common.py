@@ -781,6 +781,8 @@ def _matching_batches(*tensors):
 # ---- Question 3: accuracy under attack ----------------------------------------------------------
 
 CHECKED_IMAGES = 1_000  # on which the checks for a flawed attack are made
+CURVE_IMAGES = 1_000  # for the curves over epsilon
+CURVE_EPSILONS = [steps / 255 for steps in range(2, 17, 2)]
 STRONGEST_IMAGES = 2_000  # which are attacked on more than one loss
 
 
@@ -791,7 +793,8 @@ def robustness(model, exact, images, perturbed, labels, seed,
     model and exact: the network, `frozen` in the precision to measure in and, to check that, in
     float32; losses: FGM and PGD raise the first, the strongest attack raises one after the other.
     Returns a dict: `accuracy` (by CONDITIONS; L-infinity), `accuracy_l2` (fgm, perturbed_fgm),
-    `pgd_by_step` (see pgd_accuracy_by_step), `checks`, `warnings` (attack_checks).
+    `pgd_by_step` (see pgd_accuracy_by_step), `by_eps` (accuracy_by_epsilon), `checks`, `warnings`
+    (attack_checks).
     """
     attacks, loss = list(EPSILON.items()), losses[0]
     clean, fgm, fgm_l2 = fgm_accuracies(model, images, labels, attacks, loss, decide)
@@ -803,9 +806,10 @@ def robustness(model, exact, images, perturbed, labels, seed,
     values = {"clean": clean, "perturbed": shifted, "fgm": fgm, "perturbed_fgm": both,
               "pgd": by_step[-1], "strongest": strongest}
     checks, warnings = attack_checks(model, exact, images, labels, values, seed, loss, decide)
+    by_eps = accuracy_by_epsilon(model, images, labels, loss, decide)
     return {"accuracy": values, "accuracy_l2": {"fgm": fgm_l2, "perturbed_fgm": both_l2},
             "strongest_images": min(STRONGEST_IMAGES, len(images)), "pgd_by_step": by_step,
-            "checks": checks, "warnings": warnings}
+            "by_eps": by_eps, "checks": checks, "warnings": warnings}
 
 
 def measured_on_test(network, test, args, losses=(summed_cross_entropy, summed_margin),
@@ -837,6 +841,22 @@ def pgd_accuracy_by_step(model, images, labels, eps, step_size, steps, loss=summ
     """Share of images that no L-infinity PGD step has fooled after 0, 1, ..., `steps`: a list."""
     _, fooled_after = attack(model, images, labels, eps, step_size, steps, "linf", loss, decide)
     return [(fooled_after > step).sum().item() / len(images) for step in range(steps + 1)]
+
+
+def accuracy_by_epsilon(model, images, labels, loss=summed_cross_entropy, decide=most_likely):
+    """Accuracy on the first CURVE_IMAGES under L-infinity FGM and PGD at 0 and CURVE_EPSILONS.
+
+    PGD's step stays the same share of epsilon. Returns a dict of lists `eps`, `fgm` and `pgd`, and
+    `images`, their number.
+    """
+    images, labels = images[:CURVE_IMAGES], labels[:CURVE_IMAGES]
+    attacks = [("linf", eps) for eps in CURVE_EPSILONS]
+    fgm = fgm_accuracies(model, images, labels, attacks, loss, decide)
+    share = PGD_STEP_SIZE / EPSILON["linf"]
+    pgd = [pgd_accuracy_by_step(model, images, labels, eps, share * eps, PGD_STEPS, loss, decide)
+           for eps in CURVE_EPSILONS]
+    return {"eps": [0, *CURVE_EPSILONS], "fgm": fgm, "pgd": [fgm[0], *(by[-1] for by in pgd)],
+            "images": len(images)}
 
 
 def strongest_accuracy(model, images, labels, losses, decide):
@@ -1379,9 +1399,11 @@ def measured_before(args, split):
                 metrics = json.load(content)
                 if metrics.get("split_sha256") != split["sha256"]:
                     raise UserError(f"{path} is of another split; make it again with: {made_by}")
-                condition_rows(metrics["models"])  # what will be printed in an hour is tried now
-                models.update({name: {**model, "warnings": list(map(str, model["warnings"]))}
-                               for name, model in metrics["models"].items()})
+                # What will be printed and drawn in an hour is tried now.
+                condition_rows(metrics["models"])
+                for name, model in metrics["models"].items():
+                    torch.tensor([model["by_eps"][key] for key in ("eps", "fgm", "pgd")]).float()
+                    models[name] = {**model, "warnings": list(map(str, model["warnings"]))}
     return models
 
 

@@ -337,7 +337,8 @@ def plot_reliability(path, bins):
 
 
 def plot_confusion(path, confusion):
-    """Confusion matrix (int 10 x 10, rows are the true classes) with its counts."""
+    """Confusion matrix (int 10 x 10, rows are the true classes) with counts and class accuracies.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6))
@@ -348,8 +349,10 @@ def plot_confusion(path, confusion):
         axes.text(predicted, true, confusion[true, predicted], ha="center", va="center", fontsize=7,
                   color="white" if dark else "black")
     axes.set_xticks(range(10), common.CLASSES, rotation=45, ha="right")
-    axes.set_yticks(range(10), common.CLASSES)
-    axes.set(xlabel="predicted", ylabel="true")
+    shares = 100 * confusion.diagonal() / confusion.sum(1).clip(1)
+    axes.set_yticks(range(10), [f"{name} {share:.1f} %" for name, share in
+                                zip(common.CLASSES, shares, strict=True)])
+    axes.set(xlabel="predicted", ylabel="true class and its accuracy")
     common.save_figure(figure, path)
 
 

@@ -8,16 +8,14 @@ steps is the check that FGM's number is not an artefact of masked gradients.
 The attack called strongest raises the margin of the best wrong class where cross-entropy fails.
 
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10
-Writes  results/q3: figure07_examples.png, figure08_umap.png, curves of FGM over epsilon and of PGD
-        over steps, metrics.json
+Writes  results/q3: figure07_examples.png, figure08_umap.png, curves over epsilon and over PGD's
+        steps, metrics.json
 Run     python q3_attack.py
 """
 
 import common
 
 EXAMPLES = 8
-CURVE_IMAGES = 4_000  # the first test images, for the curve over epsilon
-CURVE_EPSILONS = [steps / 255 for steps in range(2, 17, 2)]
 
 
 def main():
@@ -34,28 +32,18 @@ def main():
                          images[:EXAMPLES], perturbed[:EXAMPLES], labels[:EXAMPLES])
     with common.timed(seconds, "attack"):
         measured = common.measured_on_test(checkpoint["model"], data["test"], args)
-    with common.timed(seconds, "curve"):
-        by_eps = accuracy_by_epsilon(model, images[:CURVE_IMAGES], labels[:CURVE_IMAGES])
         by_part = accuracy_by_part(model, *data["test"], args.seed)
-    draw_curves(folder, by_eps, measured["pgd_by_step"])
+    draw_curves(folder, measured["by_eps"], measured["pgd_by_step"])
     with common.timed(seconds, "umap"):
         map_sha256 = draw_maps(folder, model, data, images, perturbed, args.seed)
 
-    models = {common.CROSS_ENTROPY: {**measured, "fgm_by_eps": by_eps, "by_part": by_part,
-                                     "stem": checkpoint["stem"]}}
+    models = {common.CROSS_ENTROPY: {**measured, "by_part": by_part, "stem": checkpoint["stem"]}}
     common.write_metrics(folder, origin, {
         "models": models, "n_test": len(labels), "epsilon": common.EPSILON,
         "umap_sha256": map_sha256, "seconds": seconds})
     common.print_conditions("Question 3: the model of question 2 on unseen images", models)
     print("Under each part of the perturbation alone: " + ", ".join(
         f"{part} {common.percent(share)}" for part, share in by_part.items()))
-
-
-def accuracy_by_epsilon(model, images, labels):
-    """Accuracy under L-infinity FGM at 0 and at each of CURVE_EPSILONS: a dict of plain values."""
-    attacks = [("linf", eps) for eps in CURVE_EPSILONS]
-    accuracies = common.fgm_accuracies(model, images, labels, attacks)
-    return {"eps": [0, *CURVE_EPSILONS], "accuracy": accuracies, "images": len(images)}
 
 
 def accuracy_by_part(model, images, labels, seed):
@@ -78,9 +66,10 @@ def accuracy_by_part(model, images, labels, seed):
 
 
 def draw_curves(folder, by_eps, by_step):
-    """Accuracy under FGM over epsilon, and under PGD over the number of steps."""
-    common.plot_lines(folder / "fgm_by_epsilon.png", [255 * eps for eps in by_eps["eps"]],
-                      {"FGM": by_eps["accuracy"]}, "epsilon (L-infinity) in 1/255", "accuracy")
+    """Accuracy under FGM and PGD over epsilon, and under PGD over the number of steps."""
+    common.plot_lines(folder / "by_epsilon.png", [255 * eps for eps in by_eps["eps"]],
+                      {"FGM": by_eps["fgm"], "PGD-20": by_eps["pgd"]},
+                      "epsilon (L-infinity) in 1/255", "accuracy")
     common.plot_lines(folder / "pgd_by_step.png", range(len(by_step)), {"PGD": by_step},
                       "PGD steps", "accuracy")
 

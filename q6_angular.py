@@ -19,7 +19,8 @@ Reaches 84.49 % on test from question 2's weights, which reached 85.17 % by thei
 one run of 3 minutes of training on two cores of a Zen 4 EPYC, in bfloat16.
 
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 and q4 to compare with
-Writes  results/q6: model.pt, figure13 to figure16, metrics.json
+Writes  results/q6: model.pt, figure13 to figure16, accuracy of all models over epsilon,
+        metrics.json
 Run     python q6_angular.py
 """
 
@@ -83,6 +84,7 @@ def main():
         draw_test_images(folder, trained, train, test, data, args.seed, losses[0], decide)
 
     models = {MODEL: {**made, **votes, **measured}}
+    draw_all_models(folder, {**earlier, **models})
     common.write_metrics(folder, origin, {
         "models": models, "n_test": len(data["test"][1]), "epsilon": common.EPSILON,
         "seconds": seconds})
@@ -291,6 +293,28 @@ def draw_test_images(folder, model, train, test, data, seed, loss, decide):
     common.plot_maps(folder / "figure16_umap.png", {
         "perturbed test": (place(embed(model, perturbed)), labels),
         "test under FGM, eps = 8/255": (place(attacked), labels)}, points)
+
+
+def draw_all_models(folder, models):
+    """Every model's accuracy over epsilon: FGM dashed, PGD-20 solid.
+
+    models: as under `models` in metrics.json.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    for number, (name, model) in enumerate(models.items()):
+        by_eps, colour = model["by_eps"], f"C{number}"
+        eps = [255 * value for value in by_eps["eps"]]
+        axes.plot(eps, by_eps["fgm"], ".--", color=colour)
+        axes.plot(eps, by_eps["pgd"], ".-", color=colour, label=name)
+    axes.plot([], [], "k--", label="FGM")
+    axes.plot([], [], "k-", label="PGD-20")
+    axes.set(xlabel="epsilon (L-infinity) in 1/255", ylabel="accuracy", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    common.save_figure(figure, folder / "all_models.png")
 
 
 def print_vote(init, val):

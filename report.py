@@ -22,6 +22,26 @@ import common
 
 QUESTIONS = ("q1", "q2", "q3", "q4", "q6")
 HERE = Path(__file__).parent
+SOURCES = {
+    "Barz & Denzler 2020": "Do we train on test data? Purging CIFAR of near-duplicates, J. Imaging",
+    "de Jorge et al. 2022": "Make some noise: reliable and efficient single-step adversarial "
+                            "training, NeurIPS",
+    "Fawzi et al. 2016": "Robustness of classifiers: from adversarial to random noise, NeurIPS",
+    "Geirhos et al. 2018": "Generalisation in humans and deep neural networks, NeurIPS",
+    "Goodfellow et al. 2015": "Explaining and harnessing adversarial examples, ICLR",
+    "Guo et al. 2017": "On calibration of modern neural networks, ICML",
+    "Ilyas et al. 2019": "Adversarial examples are not bugs, they are features, NeurIPS",
+    "Kohavi 1995": "A study of cross-validation and bootstrap for accuracy estimation and model "
+                   "selection, IJCAI",
+    "Madry et al. 2018": "Towards deep learning models resistant to adversarial attacks, ICLR",
+    "Mao et al. 2019": "Metric learning for adversarial robustness, NeurIPS",
+    "McInnes et al. 2018": "UMAP: uniform manifold approximation and projection for dimension "
+                           "reduction, arXiv:1802.03426",
+    "Müller et al. 2019": "When does label smoothing help?, NeurIPS",
+    "Musgrave et al. 2020": "A metric learning reality check, ECCV",
+    "Tsipras et al. 2019": "Robustness may be at odds with accuracy, ICLR",
+    "Zhang et al. 2017": "Understanding deep learning requires rethinking generalization, ICLR",
+}
 # Question 5's answer without its title, headings a level deeper, the figure among the results.
 ANSWER_5 = ((HERE / "q5_angular_loss.md").read_text(encoding="utf-8").split("\n", 1)[1]
             .replace("\n##", "\n###").replace("docs/angular_loss.png", "q5/angular_loss.png"))
@@ -61,7 +81,8 @@ def assemble(found, author="", note=""):
             blocks += section(found[question])
         if question == "q4":
             blocks += [("heading", "Question 5: the angular loss"), ("markdown", ANSWER_5)]
-    return blocks + comparison(found) + origin_section(found)
+    blocks += comparison(found) + origin_section(found)
+    return blocks + sources_section(blocks)
 
 
 def read_results(args):
@@ -120,7 +141,9 @@ def refuse_mixtures(found, args):
 
 
 # ---- The sections --------------------------------------------------------------------------------
-# Lists of ("heading", text), ("text", text), ("table", header, rows), ("figure", path, caption).
+# Lists of ("heading", text), ("text", text), ("table", caption, header, rows),
+# ("figure", path, caption). Figures 1 to 16 are those that the assignment asks for; S1 to S5 are
+# more.
 
 
 def introduction(found, author):
@@ -144,10 +167,13 @@ def split_section(q1):
         ("figure", "q1/figure01_train_labels.png", "Figure 1: labels of the training part."),
         ("figure", "q1/figure02_held_out_labels.png",
          "Figure 2: labels of the validation and test parts."),
+        ("text", "Figures 1 and 2 show the labels. Parts with the same share of every class can "
+                 "be compared (Kohavi 1995)."),
         ("text", f"Leakage: {duplicates['exact']} test images are in train to the byte, "
                  f"{duplicates['near']} as a near duplicate (pixel correlation of at least "
                  f"{duplicates['near_means_correlation_from']}), "
-                 f"{common.percent(duplicates['near'] / q1['n_test'])} of the test part."),
+                 f"{common.percent(duplicates['near'] / q1['n_test'])} of the test part. CIFAR-10 "
+                 "is known for such pairs (Barz & Denzler 2020)."),
     ]
 
 
@@ -160,21 +186,29 @@ def training_section(q2):
         ("heading", "Question 2: cross-entropy"),
         ("text", "Asked: train ResNet-18 from random weights with cross-entropy. Done: "
                  f"{described(model['recipe'])}, augmentation by "
-                 f"{', '.join([*chosen, 'shifts', 'mirroring', 'cutout'])}."),
-        ("table", ["part", "accuracy", "cross-entropy", "calibration error (ECE)"],
+                 f"{', '.join([*chosen, 'shifts', 'mirroring', 'cutout'])}. Table 1 is the "
+                 "outcome."),
+        ("table", "Table 1: the trained network on held-out images.",
+         ["part", "accuracy", "cross-entropy", "calibration error (ECE)"],
          [[name, common.percent(model[part]["accuracy"]), f"{model[part]['loss']:.3f}",
            common.percent(model[part]["ece"])]
           for name, part in (("validation", "val"), ("test", "test"))]),
         ("figure", "q2/figure03_accuracy.png", "Figure 3: accuracy per epoch."),
         ("figure", "q2/figure04_loss.png", "Figure 4: loss per epoch."),
-        ("text", f"The hardest class on test is {hardest} ({common.percent(per_class[hardest])}), "
-                 f"the easiest {easiest} ({common.percent(per_class[easiest])})."
-                 if shows(per_class[hardest], per_class[easiest], q2["n_test"] // 10) else
-                 "That one class is harder than another does not show."),
-        ("table", ["class", "test accuracy"],
-         [[name, common.percent(value)] for name, value in per_class.items()]),
-        ("figure", "q2/confusion_test.png", "Confusion matrix on test."),
-        ("figure", "q2/reliability_test.png", "Reliability diagram on test."),
+        ("text", fitted(model, q2["n_test"])),
+        ("text", "Figure S1 shows which classes are taken for which. "
+                 + (f"The hardest on test is {hardest} ({common.percent(per_class[hardest])}), "
+                    f"the easiest {easiest} ({common.percent(per_class[easiest])})."
+                    if shows(per_class[hardest], per_class[easiest], q2["n_test"] // 10) else
+                    "That one class is harder than another does not show.")
+                 + f" Figure S2: {calibration(model['test'])}"),
+        ("figure", "q2/confusion_test.png",
+         "Figure S1: confusion matrix on test, and accuracy per class."),
+        ("figure", "q2/reliability_test.png", "Figure S2: reliability diagram on test."),
+        ("text", "Figures 5 and 6 are maps of what the convolutional part ends in. They show which "
+                 "images are neighbours, and so which classes touch. How far apart two islands "
+                 "are, and how large, says little: UMAP weighs near neighbours above all (McInnes "
+                 "et al. 2018)."),
         ("figure", "q2/figure05_umap_train.png", "Figure 5: UMAP of the backbone output, fitted on "
          "train without labels. Colours are true classes, in all maps."),
         ("figure", "q2/figure06_umap_test.png", "Figure 6: the test part in the map of figure 5."),
@@ -186,40 +220,61 @@ def attack_section(q3):
     value, checks, number = model["accuracy"], model["checks"], q3["n_test"]
     parts = [[part, common.percent(share)] for part, share in model["by_part"].items()]
     worst = min(model["by_part"], key=model["by_part"].get)
+    sound = not model["warnings"]
     return [
         ("heading", "Question 3: perturbation and attack"),
         ("text", "Asked: perturb unseen images, attack with the Fast Gradient Method, compare. "
                  "Done: colour jitter, rotation up to 5 degrees and ten pixels with one channel at "
-                 "full; FGM on the model of question 2."),
+                 "full; FGM on the model of question 2. Figure 7 has examples."),
         ("figure", "q3/figure07_examples.png",
          "Figure 7: original, perturbed and attacked test images with the predicted class."),
-        conditions_table(q3["models"]),
-        ("text", " ".join([
+        conditions_table("Table 2: question 2's model on test.", q3["models"]),
+        ("text", "Table 2 has all conditions. " + " ".join([
             effect("Perturbation", value["clean"], value["perturbed"], number),
             effect("FGM", value["clean"], value["fgm"], number),
             effect("Both together", value["clean"], value["perturbed_fgm"], number),
             "In L2 with epsilon = 0.5, FGM leaves "
             f"{common.percent(model['accuracy_l2']['fgm'])}."])),
-        ("table", ["part of the perturbation, alone", "accuracy"],
+        ("table", "Table 3: the parts of the perturbation.",
+         ["part of the perturbation, alone", "accuracy"],
          [*parts, ["all three", common.percent(value["perturbed"])]]),
-        ("text", f"Alone, {worst} costs most. "
+        ("text", f"Of the parts in table 3, {worst} costs most. "
                  + effect(worst.capitalize(), value["clean"], model["by_part"][worst], number)),
         *attack_sentences(model, number),
         ("text", f"Precision: on the first {checks['images']} images FGM leaves "
                  f"{common.percent(checks['fgm'])} as measured and "
                  f"{common.percent(checks['fgm_float32'])} with float32 arithmetic throughout."),
         *warnings_of(q3["models"]),
-        ("figure", "q3/fgm_by_epsilon.png",
-         f"FGM over epsilon, on {model['fgm_by_eps']['images']} test images."),
-        ("figure", "q3/pgd_by_step.png", "PGD over its number of steps, on all test images."),
-        ("figure", "q3/figure08_umap.png", "Figure 8: perturbed and attacked test images in the "
-         "map of figure 5. A colour on another's island is an image in the wrong class's place; "
-         "those that are misclassified when clean lie there, too."),
+        *why(
+            (sound and checks["noise"] > checks["fgm"]
+             and shows(checks["noise"], checks["fgm"], checks["images"]),
+             "The network reads patterns that predict the class and that a change too small to see "
+             "can turn around: non-robust features (Ilyas et al. 2019)."),
+            (sound and value["pgd"] < value["fgm"] and shows(value["pgd"], value["fgm"], number),
+             "FGM follows the gradient at the image alone, as if the loss were linear (Goodfellow "
+             "et al. 2015); where it bends, more and smaller steps find more (Madry et al. 2018)."),
+            (sound and value["perturbed"] > value["fgm"]
+             and shows(value["perturbed"], value["fgm"], number),
+             "The perturbation changes pixels by far more than FGM does and costs less, since it "
+             "is drawn without a look at the network: among 3,072 directions few matter, and a "
+             "random one hardly points along them (Fawzi et al. 2016).")),
+        ("text", "Figures S3 and S4 show how accuracy falls with epsilon and with PGD's steps."),
+        ("figure", "q3/by_epsilon.png", "Figure S3: FGM and PGD-20 over epsilon, on the first "
+         f"{model['by_eps']['images']} test images."),
+        ("figure", "q3/pgd_by_step.png",
+         "Figure S4: PGD over its number of steps, on all test images."),
+        ("text", "In figure 8 a colour on another's island is an image in the wrong class's "
+                 "neighbourhood; those that are misclassified when clean lie there, too. How small "
+                 "a change brought an image there, the map cannot show."),
+        ("figure", "q3/figure08_umap.png",
+         "Figure 8: perturbed and attacked test images in the map of figure 5."),
     ]
 
 
 def adversarial_section(q4):
     (without, plain), (with_fgm, robust) = q4["models"].items()
+    before, after, number = plain["accuracy"], robust["accuracy"], q4["n_test"]
+    sound = not robust["warnings"]
     blocks = [
         ("heading", "Question 4: training on perturbed and attacked data"),
         ("text", "Asked: train on data perturbed as in question 3, without and with FGM in the "
@@ -227,16 +282,25 @@ def adversarial_section(q4):
                  f"{described(robust['recipe'])}. First weights: {q4['init']}. The attack in the "
                  "loop is N-FGSM (de Jorge et al. 2022) with noise of "
                  f"{robust['recipe']['noise']:g} epsilons against catastrophic overfitting."),
-        conditions_table(q4["models"]),
-        ("text", "FGM in the loop, against training without it. "
-                 + effect("On perturbed images under FGM it", plain["accuracy"]["perturbed_fgm"],
-                          robust["accuracy"]["perturbed_fgm"], q4["n_test"])
-                 + " " + effect("On clean images it", plain["accuracy"]["clean"],
-                                robust["accuracy"]["clean"], q4["n_test"])),
+        conditions_table("Table 4: question 4's models on test.", q4["models"]),
+        ("text", "Table 4: FGM in the loop, against training without it. "
+                 + effect("On perturbed images under FGM it", before["perturbed_fgm"],
+                          after["perturbed_fgm"], number)
+                 + " " + effect("On clean images it", before["clean"], after["clean"], number)),
         *[("text", f"{title}: {overfitting(model)}") for title, model in q4["models"].items()],
         ("text", f"The attacks on {with_fgm}:"),
-        *attack_sentences(robust, q4["n_test"]),
+        *attack_sentences(robust, number),
         *warnings_of(q4["models"]),
+        *why(
+            (sound and after["pgd"] > before["pgd"] and shows(after["pgd"], before["pgd"], number),
+             "Training on one kind of change teaches to bear that kind and hardly another (Geirhos "
+             "et al. 2018): the perturbation does not prepare for an attack, an attack in the loop "
+             "does (Madry et al. 2018)."),
+            (sound and after["clean"] < before["clean"]
+             and shows(after["clean"], before["clean"], number),
+             "What it costs on clean images are features that predict the class but do not stand "
+             "an attack; a robust model has to do without them (Tsipras et al. 2019).")),
+        ("text", "Figures 9 and 10 show the trainings, figures 11 and 12 the maps."),
     ]
     for title, model in q4["models"].items():
         name = model["file"].removesuffix(".pt")
@@ -254,7 +318,8 @@ def adversarial_section(q4):
 
 def angular_section(q6):
     model, = q6["models"].values()
-    val = model["val"]
+    val, value, number = model["val"], model["accuracy"], q6["n_test"]
+    first, last = val["accuracy_before_training"], val["accuracy"]
     return [
         ("heading", "Question 6: the angular loss"),
         ("text", "Asked: the same with the angular loss and a pretrained ResNet-18, on clean data "
@@ -262,11 +327,20 @@ def angular_section(q6):
                  f"is a vote of the {model['neighbours']} nearest training embeddings; on "
                  f"validation it is {common.percent(val['accuracy'])}. With the first weights and "
                  "a random last layer, before training, it is "
-                 f"{common.percent(val['accuracy_before_training'])}."),
-        conditions_table(q6["models"]),
-        *attack_sentences(model, q6["n_test"]),
+                 f"{common.percent(val['accuracy_before_training'])}. Table 5 is the outcome."),
+        conditions_table("Table 5: the vote on test.", q6["models"]),
+        *attack_sentences(model, number),
         *warnings_of(q6["models"]),
-        ("table", ["retrieval among the training embeddings", "test"],
+        *why(
+            (not (last > first and shows(last, first, number)),
+             "The loss orders distances and has no word on classes; losses of its kind gain little "
+             "where all else is equal (Musgrave et al. 2020)."),
+            (value["pgd"] < value["clean"] / 2 and shows(value["pgd"], value["clean"], number),
+             "A vote does not protect: it reads the same features, and whoever moves an image's "
+             "features moves its neighbours (Mao et al. 2019).")),
+        ("text", "Figure 13 shows the training, table 6 how well neighbours are ranked, figures 14 "
+                 "to 16 maps and examples."),
+        ("table", "Table 6: training images as neighbours of test images.", ["measure", "test"],
          [[name.replace("_", " "), f"{value:.4f}"] for name, value in model["retrieval"].items()]),
         ("figure", "q6/figure13_accuracy.png", "Figure 13: accuracy per epoch."),
         ("figure", "q6/figure13_loss.png", "Figure 13, continued: loss per epoch."),
@@ -298,8 +372,9 @@ def comparison(found):
     epochs = [f"{name} {model['recipe']['epochs']} from {metrics.get('init', 'random weights')}"
               for question, metrics in found.items() if question != "q3"
               for name, model in metrics.get("models", {}).items()]
-    blocks = [("heading", "Comparison of all models"), conditions_table(models),
-              ("text", f"Epochs of training behind these numbers: {', '.join(epochs)}. Those of a "
+    blocks = [("heading", "Comparison of all models"),
+              conditions_table("Table 7: all models on test.", models),
+              ("text", f"Epochs of training behind table 7: {', '.join(epochs)}. Those of a "
                        "model that began with another's weights come on top of that model's."),
               ("text", "Best under each condition, and what is not more than two standard errors "
                        "behind: " + "; ".join(best) + ".")]
@@ -312,6 +387,11 @@ def comparison(found):
             change = f"{title} {100 * (after - before):+.1f}"
             changes.append(change if shows(before, after, images) else f"{change} (does not show)")
         blocks.append(("text", f"{name} against {reference}, in points: {', '.join(changes)}."))
+    if "q6" in found:
+        images = min(model["by_eps"]["images"] for model in models.values())
+        blocks += [("text", "Figure S5 shows how much of that holds for other epsilons."),
+                   ("figure", "q6/all_models.png", "Figure S5: every model's accuracy over epsilon "
+                    f"on the first {images} test images, under FGM (dashed) and PGD-20 (solid).")]
     return blocks
 
 
@@ -322,16 +402,27 @@ def origin_section(found):
              f"{minutes(metrics):.1f}", seconds_per_epoch(metrics),
              str(metrics.get("peak_gpu_memory_mib", metrics["peak_memory_mib"]))]
             for question, metrics in found.items()]
-    recipes = [[name, ", ".join(f"{key} {value}" for key, value in model["recipe"].items()
-                                if key not in ("split_sha256", "first_weights"))]
-               for metrics in found.values() for name, model in metrics.get("models", {}).items()
-               if "recipe" in model]
+    recipes = {name: model["recipe"] for metrics in found.values()
+               for name, model in metrics.get("models", {}).items() if "recipe" in model}
+    settings = {key: None for recipe in recipes.values() for key in recipe
+                if key not in ("split_sha256", "first_weights")}  # a set that keeps its order
     split = next(iter(found.values()))["split_sha256"]
     return [("heading", "How these results were made"),
-            ("text", f"SHA-256 of the split: {split}"),
-            ("table", ["question", "seed", "device", "precision", "commit", "torch", "minutes",
-                       "seconds per epoch", "peak memory, MiB"], rows),
-            *([("table", ["model", "recipe"], recipes)] if recipes else [])]
+            ("text", "Table 8 tells where each number comes from, table 9 every setting. SHA-256 "
+                     f"of the split: {split}"),
+            ("table", "Table 8: each question's run.",
+             ["question", "seed", "device", "precision", "commit", "torch", "minutes",
+              "seconds per epoch", "peak memory, MiB"], rows),
+            *([("table", "Table 9: the recipe of each training.", ["setting", *recipes],
+                [[key, *(str(recipe.get(key, "")) for recipe in recipes.values())]
+                 for key in settings])] if recipes else [])]
+
+
+def sources_section(blocks):
+    """The references that the text names."""
+    said = " ".join(text for kind, text, *_ in blocks if kind == "text")
+    named = [f"{key}: {reference}" for key, reference in SOURCES.items() if key in said]
+    return [("heading", "Sources"), *(("text", line) for line in named)] if named else []
 
 
 def seconds_per_epoch(metrics):
@@ -359,6 +450,36 @@ def effect(cause, before, after, number):
         return f"{cause} changes it by {points:+.1f} points, which does not show."
     verb = "gains" if points > 0 else "costs"
     return f"{cause} {verb} {abs(points):.1f} points."
+
+
+def fitted(model, number):
+    """How much better the network does on what it was trained on, and why that is no surprise."""
+    train, test = model["history"][-1]["accuracy"], model["test"]["accuracy"]
+    said = (f"In the last epoch it was right on {common.percent(train)} of the augmented training "
+            f"images (figures 3 and 4), and then on {common.percent(test)} of the test images.")
+    if train > test and shows(train, test, number):
+        said += (" A network of this size can learn any labels by heart (Zhang et al. 2017); "
+                 "augmentation shows it no image twice.")
+    return said
+
+
+def calibration(scores):
+    """Whether the predicted probabilities are too high, too low or right on average."""
+    gap = sum(share * (confidence - accuracy) for share, confidence, accuracy
+              in scores["reliability"])
+    if abs(gap) < 0.01:
+        return "its probabilities are right on average."
+    if gap > 0:
+        return (f"its probabilities are {100 * gap:.1f} points too high on average, as is usual "
+                "(Guo et al. 2017).")
+    return (f"its probabilities are {-100 * gap:.1f} points too low on average, which label "
+            "smoothing makes them (Müller et al. 2019).")
+
+
+def why(*reasons):
+    """The reasons that the numbers bear, as one block of text. reasons: (whether, sentence)."""
+    borne = [sentence for holds, sentence in reasons if holds]
+    return [("text", "Why? " + " ".join(borne))] if borne else []
 
 
 def attack_sentences(model, number):
@@ -408,13 +529,13 @@ def described(recipe):
             f"{recipe['precision']} on {recipe['device']}")
 
 
-def conditions_table(models):
+def conditions_table(caption, models):
     header, rows = common.condition_rows(models)
     if any("autoattack" in model for model in models.values()):
         header = [*header, "AutoAttack"]
         rows = [[*row, refereed(model.get("autoattack"))]
                 for row, model in zip(rows, models.values(), strict=True)]
-    return ("table", header, rows)
+    return ("table", caption, header, rows)
 
 
 def refereed(found):
@@ -439,10 +560,10 @@ def markdown(blocks):
     lines = []
     for kind, *content in blocks:
         if kind == "table":
-            header, rows = content
+            caption, header, rows = content
             cells = [[common.one_line(cell).replace("|", "\\|") for cell in row]
                      for row in (header, ["---"] * len(header), *rows)]
-            lines.append("\n".join("| " + " | ".join(row) + " |" for row in cells))
+            lines += [f"*{caption}*", "\n".join(f"| {' | '.join(row)} |" for row in cells)]
         elif kind == "markdown":
             lines.append(content[0].strip())
         elif kind == "figure":
@@ -459,7 +580,9 @@ body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 
 figure { margin: 1rem 0; text-align: center; break-inside: avoid }
 img { max-width: 100% }
 figcaption { color: #555; font-size: .9em }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9em }
+.table { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-size: .9em }
+caption { text-align: left; color: #555 }
 td, th { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left }
 tr, math, pre { break-inside: avoid }
 pre { overflow-x: auto; font-size: .85em }
@@ -474,7 +597,7 @@ math[display=block] { margin: .5rem 0 }
   .figures { grid-template-columns: 1fr 1fr }
   figure { margin: .3rem 0 }
   .wide img { max-height: 9cm }
-  table { display: table; break-inside: avoid }
+  .table { overflow: visible; break-inside: avoid }
 }
 """
 
@@ -514,9 +637,10 @@ def html_page(blocks, args, hashes):
             f"<body>{''.join(parts)}</body></html>\n")
 
 
-def html_table(header, rows):
+def html_table(caption, header, rows):
     lines = [html_row("th", header), *(html_row("td", row) for row in rows)]
-    return f"<table>{''.join(lines)}</table>"
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<div class='table'><table>{title}{''.join(lines)}</table></div>"
 
 
 def html_row(tag, cells):
@@ -556,7 +680,7 @@ def html_block(block, args):
     if block.startswith("|"):
         header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")]
                             for line in block.split("\n"))
-        return html_table(header, rows)
+        return html_table("", header, rows)
     if items := re.split(r"(?:^|\n)(?:-|\d+\.) ", block)[1:]:
         kind = "ul" if block.startswith("-") else "ol"
         return f"<{kind}>" + "".join(f"<li>{html_line(item)}</li>" for item in items) + f"</{kind}>"

@@ -707,11 +707,32 @@ def test_a_loss_that_is_finite_but_absurd_stops_too(tmp_path):
         helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt", step)
 
 
+SOUND = {
+    "accuracy": dict.fromkeys(common.CONDITIONS, 0.5),
+    "strongest_images": 100,
+    "warnings": [],
+    "by_eps": {"eps": [0, 0.1], "fgm": [0.8, 0.5], "pgd": [0.8, 0.4]},
+}
+
+
 @pytest.mark.parametrize(
-    "model", [{"accuracy": "high"}, {"accuracy": {"clean": "high"}}, {}, 7, {"accuracy": {}}]
+    "model",
+    [
+        {"accuracy": "high"},
+        {"accuracy": {"clean": "high"}},
+        {},
+        7,
+        {**SOUND, "accuracy": {}},
+        {**SOUND, "by_eps": {}},
+        {**SOUND, "by_eps": {**SOUND["by_eps"], "pgd": [0.8]}},
+        {**SOUND, "by_eps": {**SOUND["by_eps"], "fgm": ["high", "low"]}},
+    ],
 )
 def test_metrics_to_compare_with_are_tried_before_training(tmp_path, model):
     metrics = {"models": {"m": model}}
+    common.write_metrics(tmp_path / "q4", {"split_sha256": "0" * 64}, {"models": {"m": SOUND}})
+    args = helpers.tiny_args(results=tmp_path)
+    assert common.measured_before(args, {"sha256": "0" * 64}) == {"m": SOUND}
     common.write_metrics(tmp_path / "q3", {"split_sha256": "0" * 64}, metrics)
     with pytest.raises(common.UserError, match="q3_attack.py") as error:
         common.measured_before(helpers.tiny_args(results=tmp_path), {"sha256": "0" * 64})

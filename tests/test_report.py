@@ -63,7 +63,7 @@ def text_of(blocks):
 
 def question_3(accuracy=CLEAN, **changes):
     by_part = {"colour jitter": 0.8, "rotation": 0.82, "pixels": 0.84}
-    extra = {"by_part": by_part, "fgm_by_eps": {"images": 4000}}
+    extra = {"by_part": by_part, "by_eps": {"images": 1000}}
     return {"n_test": 24_000, "models": {"m": model(accuracy, **extra, **changes)}}
 
 
@@ -159,19 +159,123 @@ def test_a_collapse_and_the_chosen_epoch_are_said():
     assert "without: PGD-20 accuracy on validation was 33.00 % after the last epoch" in text
 
 
-def question_2(per_class):
+def question_2(per_class, confidence=0.85, fitted=0.9):
     scores = {"accuracy": 0.85, "loss": 0.5, "ece": 0.05, "accuracy_per_class": per_class}
+    scores["reliability"] = [[0.5, confidence, 0.85], [0.5, confidence, 0.85]]
     recipe = {**RECIPE, "trivial_augment": False}
-    return {"n_test": 24_000, "models": {"m": {"val": scores, "test": scores, "recipe": recipe}}}
+    history = [{"accuracy": fitted}]
+    found = {"val": scores, "test": scores, "recipe": recipe, "history": history}
+    return {"n_test": 24_000, "models": {"m": found}}
 
 
 def test_a_hardest_class_is_named_only_where_one_is():
     apart = {name: 0.8 + 0.01 * number for number, name in enumerate(common.CLASSES)}
     text = text_of(report.training_section(question_2(apart)))
-    assert "hardest class on test is airplane (80.00 %), the easiest truck (89.00 %)" in text
+    assert "hardest on test is airplane (80.00 %), the easiest truck (89.00 %)" in text
     equal = text_of(report.training_section(question_2(dict.fromkeys(common.CLASSES, 0.8))))
     assert "That one class is harder than another does not show." in equal
     assert "airplane" not in equal
+
+
+def test_reasons_are_given_where_the_numbers_bear_them():
+    equal = dict.fromkeys(common.CLASSES, 0.8)
+    for fitted, said in (0.9, True), (0.853, False), (0.7, False):
+        text = text_of(report.training_section(question_2(equal, fitted=fitted)))
+        assert ("Zhang et al. 2017" in text) == said
+    for confidence, words in (0.9, "5.0 points too high"), (0.8, "5.0 points too low"):
+        assert words in text_of(report.training_section(question_2(equal, confidence)))
+    assert "right on average" in text_of(report.training_section(question_2(equal, 0.855)))
+
+
+@pytest.mark.parametrize(
+    "source, accuracy, checks",
+    [
+        ("Ilyas et al. 2019", {}, {"noise": 0.3}),
+        ("Goodfellow et al. 2015", {"pgd": CLEAN["fgm"]}, {}),
+        ("Fawzi et al. 2016", {"perturbed": CLEAN["fgm"]}, {}),
+    ],
+)
+def test_question_3_gives_a_reason_only_where_its_numbers_bear_it(source, accuracy, checks):
+    assert source in text_of(report.attack_section(question_3()))
+    found = question_3(changed(CLEAN, **accuracy))
+    found["models"]["m"]["checks"].update(checks)
+    assert source not in text_of(report.attack_section(found))
+    warned = question_3(warnings=["The gradients may be masked."])
+    assert "Why?" not in text_of(report.attack_section(warned))
+
+
+@pytest.mark.parametrize(
+    "source, accuracy",
+    [
+        ("Geirhos et al. 2018", {"pgd": CLEAN["pgd"]}),
+        ("Tsipras et al. 2019", {"clean": CLEAN["clean"]}),
+    ],
+)
+def test_question_4_gives_a_reason_only_where_its_numbers_bear_it(source, accuracy):
+    assert source in text_of(report.adversarial_section(question_4()))
+    changed_model = question_4(changed(ROBUST, **accuracy))
+    assert source not in text_of(report.adversarial_section(changed_model))
+    warned = question_4(warnings=["The gradients may be masked."])
+    assert "Why?" not in text_of(report.adversarial_section(warned))
+
+
+def question_6(before, after, pgd):
+    val = {"accuracy_before_training": before, "accuracy": after}
+    retrieval = {"precision_at_1": 0.8}
+    found = model(changed(CLEAN, pgd=pgd), val=val, retrieval=retrieval, neighbours=100)
+    return {"n_test": 24_000, "init": "q2", "models": {"m": found}}
+
+
+def test_question_6_gives_a_reason_only_where_its_numbers_bear_it():
+    for before, after, pgd, sources in (
+        (0.85, 0.85, 0.0, {"Musgrave", "Mao"}),
+        (0.80, 0.85, 0.0, {"Mao"}),
+        (0.85, 0.80, 0.7, {"Musgrave"}),
+        (0.80, 0.85, 0.7, set()),
+    ):
+        text = text_of(report.angular_section(question_6(before, after, pgd)))
+        assert {name for name in ("Musgrave", "Mao") if name in text} == sources
+
+
+def test_the_sources_are_those_that_the_text_names():
+    blocks = report.attack_section(question_3())
+    heading, *lines = report.sources_section(blocks)
+    assert heading == ("heading", "Sources")
+    named = {line.split(":")[0] for _, line in lines}
+    assert {"Ilyas et al. 2019", "Goodfellow et al. 2015", "Fawzi et al. 2016"} <= named
+    assert all(name in text_of(blocks) for name in named)
+    assert report.sources_section([("text", "Nothing is named.")]) == []
+
+
+def test_every_source_in_the_text_is_listed():
+    text = (helpers.ROOT / "report.py").read_text(encoding="utf-8").split("def main")[1]
+    text = re.sub(r'"\s*\n\s*f?"', "", text)
+    cited = set(re.findall(r"[A-Z][A-Za-zé-ü]+(?: et al\.| & [A-Z][a-z]+)? (?:19|20)\d\d", text))
+    listed = " ".join(report.SOURCES)
+    assert len(cited) >= 15 and all(name in listed for name in cited), cited
+
+
+def numbers_named(text, word):
+    """The numbers of figures or tables that a text names, `3 to 5` being three of them."""
+    found = set()
+    for first, joint, last in re.findall(
+        rf"{word}s? (S?\d+)(?: (and|to) (S?\d+))?", text, re.IGNORECASE
+    ):
+        found |= {first, last} - {""}
+        if joint == "to":
+            found |= {str(number) for number in range(int(first), int(last))}
+    return found
+
+
+def test_every_figure_and_table_has_a_number_that_the_text_names(quick_run):
+    args = helpers.tiny_args(results=quick_run.results, quick=True)
+    blocks = report.assemble(report.read_results(args))
+    text = text_of(blocks)
+    for kind, position in ("figure", 2), ("table", 1):
+        captions = [block[position] for block in blocks if block[0] == kind]
+        words = [re.match(rf"{kind.capitalize()} (S?\d+)", caption) for caption in captions]
+        assert all(words), captions
+        assert {word[1] for word in words} == numbers_named(text, kind)
 
 
 def test_ties_are_not_called_the_best_and_small_differences_do_not_show():
@@ -206,8 +310,8 @@ def test_autoattacks_numbers_stand_beside_the_models_that_they_were_made_on(tmp_
     (tmp_path / "autoattack.json").write_text(json.dumps(referee))
     found = {"q3": q3, "q4": q4}
     report.add_referee(found, tmp_path / "autoattack.json")
-    (_, header, (row,)), (_, _, (first, second)) = (
-        report.conditions_table(metrics["models"]) for metrics in found.values()
+    (*_, header, (row,)), (*_, (first, second)) = (
+        report.conditions_table("", metrics["models"]) for metrics in found.values()
     )
     assert header[-1] == "AutoAttack"
     assert row[-1] == first[-1] == "9.00 % ± 2.9 (100 images)" and second[-1] == ""
@@ -268,8 +372,8 @@ def test_the_report_bears_its_author_and_the_date():
 
 
 def test_a_name_that_would_break_a_table_is_escaped():
-    text = report.markdown([("table", ["a|b", "c"], [["d\ne", "\x1b[31m"]])])
-    assert text.splitlines() == ["| a\\|b | c |", "| --- | --- |", "| d e | \\x1b[31m |"]
+    text = report.markdown([("table", "A title.", ["a|b", "c"], [["d\ne", "\x1b[31m"]])])
+    assert text.splitlines()[2:] == ["| a\\|b | c |", "| --- | --- |", "| d e | \\x1b[31m |"]
 
 
 def test_a_note_stands_in_both_forms(tmp_path, monkeypatch):

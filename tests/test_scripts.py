@@ -32,7 +32,7 @@ FILES = {
         "reliability_val.png",
         "reliability_test.png",
     },
-    "q3": {"figure07_examples.png", "figure08_umap.png", "fgm_by_epsilon.png", "pgd_by_step.png"},
+    "q3": {"figure07_examples.png", "figure08_umap.png", "by_epsilon.png", "pgd_by_step.png"},
     "q4": {
         f"{stem}{name}{end}"
         for name in ("perturbed", "perturbed_fgm_trained")
@@ -53,6 +53,7 @@ FILES = {
         "figure14_umap.png",
         "figure15_examples.png",
         "figure16_umap.png",
+        "all_models.png",
     },
 }
 CONDITIONS = {"clean", "perturbed", "fgm", "perturbed_fgm", "pgd", "strongest"}
@@ -244,6 +245,15 @@ def test_more_pgd_steps_never_raise_accuracy(measured):
             model["accuracy"]["clean"], abs=0.01
         )  # rounding may move an image
         assert by_step[-1] == model["accuracy"]["pgd"]
+
+
+def test_the_curves_over_epsilon_pass_through_the_reported_accuracies(measured):
+    for model in measured.values():
+        curve = model["by_eps"]
+        at = {round(255 * eps): number for number, eps in enumerate(curve["eps"])}
+        for key in "fgm", "pgd":
+            assert curve[key][at[0]] == pytest.approx(model["accuracy"]["clean"], abs=0.01)
+            assert curve[key][at[8]] == pytest.approx(model["accuracy"][key], abs=0.01)
 
 
 def test_question_2_reports_the_accuracy_of_the_model_it_saved(quick_run, metrics, data):
