@@ -119,7 +119,7 @@ def plot_label_counts(path, counts):
     """Bar chart of images per class. counts: dict from part to a list of ten."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4))
+    figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     width = 0.8 / len(counts)
     for position, (name, values) in enumerate(counts.items()):

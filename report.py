@@ -422,7 +422,8 @@ def sources_section(blocks):
     """The references that the text names."""
     said = " ".join(text for kind, text, *_ in blocks if kind == "text")
     named = [f"{key}: {reference}" for key, reference in SOURCES.items() if key in said]
-    return [("heading", "Sources"), *(("text", line) for line in named)] if named else []
+    return [("heading", "Sources"),
+            ("markdown", "\n".join(f"- {line}" for line in named))] if named else []
 
 
 def seconds_per_epoch(metrics):
@@ -580,7 +581,7 @@ body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 
 figure { margin: 1rem 0; text-align: center; break-inside: avoid }
 img { max-width: 100% }
 figcaption { color: #555; font-size: .9em }
-.table { overflow-x: auto; margin: 1rem 0 }
+.scroll { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .9em }
 caption { text-align: left; color: #555 }
 td, th { border: 1px solid #ccc; padding: .2rem .5rem; text-align: left }
@@ -589,15 +590,20 @@ pre { overflow-x: auto; font-size: .85em }
 h1, h2, h3 { break-after: avoid }
 header { position: fixed; top: 0; left: 0; right: 0; text-align: center; font-weight: bold;
          color: #b00; background: #fffc }
-math[display=block] { margin: .5rem 0 }
-@media (max-width: 40rem) { .figures { grid-template-columns: 1fr } }
+@media (max-width: 40rem) {
+  .figures { grid-template-columns: 1fr }
+  p, li { overflow-x: auto }
+}
 @media print {
   @page { size: A4; margin: 15mm }
   body { font-size: 10pt; line-height: 1.35; margin: 0; padding: 0; max-width: none }
   .figures { grid-template-columns: 1fr 1fr }
   figure { margin: .3rem 0 }
-  .wide img { max-height: 9cm }
-  .table { overflow: visible; break-inside: avoid }
+  img { max-height: 6.5cm }
+  .wide img { max-height: 8cm }
+  p, ul, .scroll { margin: .5em 0 }
+  td, th { padding: .05rem .3rem }
+  .scroll { overflow: visible; break-inside: avoid }
 }
 """
 
@@ -640,7 +646,7 @@ def html_page(blocks, args, hashes):
 def html_table(caption, header, rows):
     lines = [html_row("th", header), *(html_row("td", row) for row in rows)]
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<div class='table'><table>{title}{''.join(lines)}</table></div>"
+    return f"<div class='scroll'><table>{title}{''.join(lines)}</table></div>"
 
 
 def html_row(tag, cells):
@@ -674,7 +680,7 @@ def html_block(block, args):
         level = len(heading[1])
         return f"<h{level}>{html_line(heading[2])}</h{level}>"
     if block.startswith("$$"):
-        return mathml(block.strip("$"), "block")
+        return f"<div class='scroll'>{mathml(block.strip('$'), 'block')}</div>"
     if figure := re.match(r"!\[(.*)\]\((.*)\)$", block):
         return html_figure(figure[2], figure[1], args, {})
     if block.startswith("|"):

@@ -330,13 +330,13 @@ def test_the_curves_over_epsilon_are_those_of_the_first_images_attacked(matched,
     found = common.robustness(model, model, images, images, labels, seed=0)["by_eps"]
     images, labels = images[:200], labels[:200]
     assert found["images"] == 200
-    assert [round(255 * eps) for eps in found["eps"]] == list(range(0, 17, 2))
+    assert [round(255 * eps) for eps in found["eps"]] == [0, 2, 4, 8, 12, 16]
     for eps, fgm, pgd in zip(found["eps"], found["fgm"], found["pgd"], strict=True):
         attacked = common.fgm(model, images, labels, eps)
         assert fgm == common.accuracy(model(attacked).argmax(1), labels)
         by_step = common.pgd_accuracy_by_step(model, images, labels, eps, eps / 4, 20)
         assert pgd == pytest.approx(by_step[-1])
-    assert found["fgm"][0] > found["fgm"][4]
+    assert found["fgm"][0] > found["fgm"][3]
 
 
 # ---- The attack in question 4's training -------------------------------------------------------

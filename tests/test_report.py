@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import shutil
+import subprocess
 from xml.etree import ElementTree
 
 import common
@@ -239,9 +241,9 @@ def test_question_6_gives_a_reason_only_where_its_numbers_bear_it():
 
 def test_the_sources_are_those_that_the_text_names():
     blocks = report.attack_section(question_3())
-    heading, *lines = report.sources_section(blocks)
+    heading, (_, lines) = report.sources_section(blocks)
     assert heading == ("heading", "Sources")
-    named = {line.split(":")[0] for _, line in lines}
+    named = {line.removeprefix("- ").split(":")[0] for line in lines.splitlines()}
     assert {"Ilyas et al. 2019", "Goodfellow et al. 2015", "Fawzi et al. 2016"} <= named
     assert all(name in text_of(blocks) for name in named)
     assert report.sources_section([("text", "Nothing is named.")]) == []
@@ -276,6 +278,44 @@ def test_every_figure_and_table_has_a_number_that_the_text_names(quick_run):
         words = [re.match(rf"{kind.capitalize()} (S?\d+)", caption) for caption in captions]
         assert all(words), captions
         assert {word[1] for word in words} == numbers_named(text, kind)
+
+
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason=f"none of {BROWSERS} is installed")
+
+
+def browse(page, *flags):
+    """What headless Chromium prints for a page."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+
+
+@needs_chromium
+def test_the_report_prints_on_at_most_14_pages_of_a4_with_every_figure(quick_run, tmp_path):
+    page, printed = quick_run.results / "report.html", tmp_path / "report.pdf"
+    browse(page, "--no-pdf-header-footer", f"--print-to-pdf={printed}")
+    content = printed.read_bytes()
+    sizes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", content)
+    assert 6 <= len(sizes) <= 14
+    assert {(round(float(width)), round(float(height))) for width, height in sizes} == {(595, 842)}
+    figures = page.read_text(encoding="utf-8").count("<img ")
+    assert content.count(b"/Subtype /Image") >= figures >= 20
+
+
+@needs_chromium
+def test_the_report_fits_a_telephone(quick_run, tmp_path):
+    text = (quick_run.results / "report.html").read_text(encoding="utf-8")
+    script = "<script>parent.postMessage(document.documentElement.scrollWidth, '*')</script>"
+    (tmp_path / "inner.html").write_text(text + script, encoding="utf-8")
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        "<body><script>onmessage = event => document.title = event.data</script>"
+        "<iframe src='inner.html' width='360' height='640' style='border: 0'></iframe>"
+    )
+    title = re.search(r"<title>(\d+)</title>", browse(outer, "--dump-dom"))
+    assert title, "the page inside has said nothing"
+    assert 300 < int(title[1]) <= 360
 
 
 def test_ties_are_not_called_the_best_and_small_differences_do_not_show():
