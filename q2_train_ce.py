@@ -144,7 +144,8 @@ def trivial_augment(images, generator):
                               for high in (len(OPERATIONS), LEVELS, 2))
     operation, order = operation.sort()
     strength = STRENGTHS[sign, operation, level]
-    values = images.index_select(0, common.send(order, images.device)).float()
+    rows = images.flatten(1)  # a quarter of the time: whole images are copied
+    values = rows.index_select(0, common.send(order, images.device)).view_as(images).float()
     numbers = torch.bincount(operation, minlength=len(OPERATIONS)).tolist()
     numbers = [sum(numbers[: len(GEOMETRY)]), *numbers[len(GEOMETRY):]]
     names = ["geometry", *list(OPERATIONS)[len(GEOMETRY):]]
@@ -152,7 +153,8 @@ def trivial_augment(images, generator):
                zip(names, zip(values.split(numbers), operation.split(numbers),
                               strength.split(numbers), strict=True), strict=True)]
     back = common.send(order.argsort(), images.device)
-    return torch.cat(changed).index_select(0, back).clamp_(0, 255).to(torch.uint8)
+    rows = torch.cat(changed).clamp_(0, 255).to(torch.uint8).flatten(1)
+    return rows.index_select(0, back).view_as(images)
 
 
 def change(name, values, operation, strength):
