@@ -119,15 +119,16 @@ def plot_label_counts(path, counts):
     """Bar chart of images per class. counts: dict from part to a list of ten."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4))
+    figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     width = 0.8 / len(counts)
     for position, (name, values) in enumerate(counts.items()):
         centres = np.arange(10) + (position - (len(counts) - 1) / 2) * width
-        axes.bar_label(axes.bar(centres, values, width, label=name), fontsize=7)
-    axes.set_xticks(range(10), common.CLASSES, rotation=30)
+        axes.bar_label(axes.bar(centres, values, width, label=name), fontsize=7, rotation=90,
+                       padding=2)
+    axes.set_xticks(range(10), common.CLASSES, rotation=30, ha="right")
     axes.set_ylabel("images")
-    axes.margins(y=0.2)
+    axes.margins(y=0.35)
     axes.legend(loc="upper right", ncols=len(counts))
     common.save_figure(figure, path)
 

@@ -232,14 +232,14 @@ def attack_section(q3):
         ("text", "Table 2 has all conditions. " + " ".join([
             effect("Perturbation", value["clean"], value["perturbed"], number),
             effect("FGM", value["clean"], value["fgm"], number),
-            effect("Both together", value["clean"], value["perturbed_fgm"], number),
+            effect("Their combination", value["clean"], value["perturbed_fgm"], number),
             "In L2 with epsilon = 0.5, FGM leaves "
             f"{common.percent(model['accuracy_l2']['fgm'])}."])),
         ("table", "Table 3: the parts of the perturbation.",
          ["part of the perturbation, alone", "accuracy"],
          [*parts, ["all three", common.percent(value["perturbed"])]]),
         ("text", f"Of the parts in table 3, {worst} costs most. "
-                 + effect(worst.capitalize(), value["clean"], model["by_part"][worst], number)),
+                 + effect("It", value["clean"], model["by_part"][worst], number)),
         *attack_sentences(model, number),
         ("text", f"Precision: on the first {checks['images']} images FGM leaves "
                  f"{common.percent(checks['fgm'])} as measured and "
@@ -414,8 +414,13 @@ def origin_section(found):
              ["question", "seed", "device", "precision", "commit", "torch", "minutes",
               "seconds per epoch", "peak memory, MiB"], rows),
             *([("table", "Table 9: the recipe of each training.", ["setting", *recipes],
-                [[key, *(str(recipe.get(key, "")) for recipe in recipes.values())]
+                [[key, *(setting(recipe.get(key, "")) for recipe in recipes.values())]
                  for key in settings])] if recipes else [])]
+
+
+def setting(value):
+    """A setting as the table shows it: a float without the digits that say nothing."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def sources_section(blocks):
