@@ -117,7 +117,8 @@ def load_split(path, made_by="python q1_split.py"):
 def load_data(args):
     """Question 1's split, and a dict from `train`, `val`, `test` to images (uint8) and labels.
 
-    On args.device. Raises UserError when the split was made in the other mode, quick or full.
+    On args.device. Says what the script is about to do. Raises UserError when the split was made in
+    the other mode, quick or full.
     """
     path, made_by = args.results / "q1" / "split.npz", script_command("q1", args)
     split = load_split(path, made_by)
@@ -125,6 +126,7 @@ def load_data(args):
         made = "with --quick" if split["quick"] else "without --quick"
         raise UserError(f"{path} was made {made}; run this script so, or first: {made_by}")
     images, labels = load_cifar10(args.data)
+    print(f"{args.purpose} ({args.device}, {args.precision}; {one_line(args.results)})", flush=True)
     return split, {name: (images[split[name]].to(args.device), labels[split[name]].to(args.device))
                    for name in ("train", "val", "test")}
 
@@ -348,6 +350,8 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
     model.precision = recipe["precision"]
     optimizer = optimizer_for(model, recipe)
     history, best = ([], None) if fresh else _resume(state_file, model, optimizer, recipe)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    require_room(Path(state_file).parent, 4 * weights)  # with the best ones and the moments
     with only_one(Path(state_file).parent):
         for epoch in range(len(history), recipe["epochs"]):
             if kept_epoch(history, guard) < len(history):
@@ -817,7 +821,22 @@ def measured_on_test(network, test, args, losses=(summed_cross_entropy, summed_m
     """`robustness` of a Network on the test part: uint8 images and labels."""
     images, perturbed = as_float(test[0]), perturbed_images(test[0], "test", args.seed)
     model, exact = (frozen(network, precision) for precision in (args.precision, "float32"))
+    print(f"Attacks on {len(images)} images: at most "
+          f"{minutes_of_attacks(model, images, test[1], losses[0]):.0f} min", flush=True)
     return robustness(model, exact, images, perturbed, test[1], args.seed, losses, decide)
+
+
+def minutes_of_attacks(model, images, labels, loss):
+    """How long `robustness` takes at most, from the time of one batch's gradient."""
+    size = batch_for(images)
+    for _ in range(2):  # the first one prepares the machine
+        started = time.perf_counter()
+        input_gradient(model, images[:size], labels[:size], loss)[1].sum().item()
+    per_image = (time.perf_counter() - started) / len(images[:size])
+    # On all images FGM, worth five gradients, and PGD; on few the other attacks, all of them PGD.
+    few = 2 * STRONGEST_IMAGES + (3 + len(CURVE_EPSILONS)) * CHECKED_IMAGES
+    gradients = (5 + PGD_STEPS) * len(images) + PGD_STEPS * min(few, 10 * len(images))
+    return per_image * gradients / 60
 
 
 def fgm_accuracies(model, images, labels, attacks, loss=summed_cross_entropy, decide=most_likely):
@@ -1039,6 +1058,7 @@ def argument_parser(docstring, recipes=None):
 
     parser = _OneLineParser(description=docstring, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(purpose=" ".join(docstring.split("\n\n")[0].split()))
     add = parser.add_argument
     add("--data", type=folder, default=Path("data"),
         help="folder that holds cifar-10-batches-py; fetched if absent (data)")
@@ -1080,14 +1100,20 @@ def parse_arguments(parser):
         args.device = next(device for device in present if present[device])
     if args.precision == "auto":
         args.precision = best_precision(args.device)
-    try:  # not to be found out after an hour's training
-        args.results.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.results) as probe:
-            probe.write(bytes(10**6))
-    except OSError as error:
-        raise UserError(f"cannot write in {args.results}: {error.strerror}; make room or give "
-                        "another --results") from error
+    require_room(args.results, 10**6)
     return args
+
+
+def require_room(folder, number_of_bytes):
+    """Raise UserError unless so much can be written there: not found out after an hour's work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(number_of_bytes))
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {number_of_bytes / 1e6:.0f} MB in {folder}: "
+                        f"{error.strerror}; make room or give another --results") from error
 
 
 def best_precision(device):

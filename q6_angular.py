@@ -1,5 +1,4 @@
-"""Question 6: the angular loss instead of cross-entropy, on clean data only; then questions 2 and
-3.
+"""Question 6: train with the angular loss on clean data; measure as in questions 2 and 3.
 
 ResNet-18 with an L2-normalised embedding of 128 numbers, trained with pytorch-metric-learning's
 AngularLoss on batches with many images of each of the ten classes. Accuracy is that of a vote of

@@ -96,6 +96,7 @@ def tiny_args(**changes):
         "quick": True,
         "fresh": False,
         "init": "q2",
+        "purpose": "A test.",
     }
     return SimpleNamespace(**{**flags, **changes})
 

@@ -339,6 +339,29 @@ def test_the_curves_over_epsilon_are_those_of_the_first_images_attacked(matched,
     assert found["fgm"][0] > found["fgm"][3]
 
 
+def test_the_attacks_take_no_longer_than_is_said(monkeypatch):
+    """On images that no attack fools, in gradients: a minute each by a stopped clock."""
+    images, labels = torch.rand(2500, 3, 4, 4), torch.zeros(2500, dtype=torch.long)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+    taken, original = [], common.input_gradient
+
+    def counted(model, images, *arguments):
+        taken.append(len(images))
+        return original(model, images, *arguments)
+
+    monkeypatch.setattr(common, "input_gradient", counted)
+
+    def never_fooled(logits):
+        return torch.zeros(len(logits), dtype=torch.long)
+
+    common.robustness(model, model, images, images, labels, 0, decide=never_fooled)
+    gradients = sum(taken)
+    clock = iter([0, 0, 60 * 250])
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    said = common.minutes_of_attacks(model, images, labels, common.summed_cross_entropy)
+    assert gradients <= said < 1.5 * gradients
+
+
 # ---- The attack in question 4's training -------------------------------------------------------
 
 

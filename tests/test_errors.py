@@ -502,6 +502,33 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     assert (tmp_path / "metrics.json").read_bytes() == b"old"
 
 
+@helpers.posix
+def test_a_disk_without_room_for_a_trainings_state_is_noticed_before_its_first_epoch(tmp_path):
+    import resource
+
+    def step(*args):
+        raise AssertionError("training has begun")
+
+    (tmp_path / "model.pt").write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 10**6, hard))
+    try:
+        with pytest.raises(common.UserError, match="cannot write 179 MB.*make room") as error:
+            common.train(
+                common.resnet18(10, "imagenet"),
+                helpers.tiny_data()["train"],
+                step,
+                common.shuffled_batches,
+                None,
+                helpers.tiny_recipe(),
+                tmp_path / "training.pt",
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 # ---- Training ----------------------------------------------------------------------------------
 
 

@@ -331,6 +331,16 @@ def test_without_a_terminal_stderr_has_one_line_per_epoch_and_one_per_stage(quic
     assert stages and len(stages) + len(epochs) == len(lines), lines
 
 
+def test_a_script_says_first_what_it_does_and_before_the_attacks_how_long_they_take(quick_run):
+    for question, attacked in {"q2": 0, "q3": 1, "q4": 2, "q6": 1}.items():
+        first, *others = quick_run.finished[question].stdout.splitlines()
+        assert first.startswith(f"Question {question[1]}: ")
+        assert first.endswith(f"; {quick_run.results})") and "(cpu, " in first
+        lines = [line for line in others if line.startswith("Attacks on ")]
+        assert len(lines) == attacked
+        assert all(re.fullmatch(r"Attacks on \d+ images: at most \d+ min", line) for line in lines)
+
+
 @each_question
 def test_a_table_with_the_results_is_printed(quick_run, metrics, measured, question):
     printed = quick_run.finished[question].stdout
