@@ -466,7 +466,7 @@ def _resume(state_file, model, optimizer, recipe):
         history, best = [dict(epoch) for epoch in state["history"]], state["best"]
         if not all(math.isfinite(value) for epoch in history for value in epoch.values()):
             raise ValueError("a history that is not finite")
-    print(f"Going on after epoch {len(history)} from {state_file}", file=sys.stderr)
+    print(f"Going on after epoch {len(history)} from {one_line(state_file)}", file=sys.stderr)
     return history, best
 
 
@@ -1019,7 +1019,8 @@ def run(main):
         sys.exit(1)
     except KeyboardInterrupt:
         again = shlex.join(["python", *(word for word in sys.argv if word != "--fresh")])
-        print(f"\nInterrupted. Finished epochs are kept; go on with: {again}", file=sys.stderr)
+        print("\nInterrupted. Finished epochs are kept; go on with:", one_line(again),
+              file=sys.stderr)
         sys.exit(130)
 
 
@@ -1466,7 +1467,7 @@ def print_conditions(title, models):
     print_table(title, *condition_rows(models))
     for name, measured in models.items():
         for warning in measured["warnings"]:
-            print(f"warning: {name}: {warning}")
+            print(one_line(f"warning: {name}: {warning}"))
 
 
 def print_table(title, header, rows):
@@ -1475,7 +1476,8 @@ def print_table(title, header, rows):
 
 
 def table_lines(header, rows):
-    """The lines of a plain-text table; all cells are strings."""
+    """The lines of a plain-text table; all cells are strings, perhaps from a file."""
+    header, *rows = [[one_line(cell, 100) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = (header, ["-" * width for width in widths], *rows)
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

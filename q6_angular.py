@@ -319,7 +319,8 @@ def draw_all_models(folder, models):
 def print_vote(init, val):
     """What training adds to what the first weights are worth. val: accuracies of the vote."""
     before, after = (common.percent(val[key]) for key in ("accuracy_before_training", "accuracy"))
-    print(f"Accuracy on validation: {before} before training (weights of {init}), {after} after")
+    print(f"Accuracy on validation: {before} before training (weights of {common.one_line(init)}), "
+          f"{after} after")
 
 
 if __name__ == "__main__":

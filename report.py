@@ -69,7 +69,8 @@ def main():
     page = html_page(blocks, args, hashes)  # first: a missing figure must leave both as they were
     common.write_file(args.results / "report.md", markdown(blocks).encode())
     common.write_file(args.results / "report.html", page.encode())
-    print(f"Report: {args.results / 'report.html'} (self-contained), {args.results / 'report.md'}")
+    print(common.one_line(f"Report: {args.results / 'report.html'} (self-contained), "
+                          f"{args.results / 'report.md'}"))
 
 
 def assemble(found, author="", note=""):

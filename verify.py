@@ -68,7 +68,8 @@ def tell(rows, missing):
     if rows and not wrong:
         print("Everything that is there holds.")
     for question, what, reported, measured, _ in wrong:
-        print(f"{question}: {what} does not hold: {reported} is reported, {measured} was found.")
+        print(common.one_line(f"{question}: {what} does not hold: {reported} is reported, "
+                              f"{measured} was found."))
     return 1 if wrong else 0
 
 

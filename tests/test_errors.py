@@ -562,6 +562,12 @@ def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path):
 # ---- The awkward machine -----------------------------------------------------------------------
 
 
+def test_what_files_say_reaches_the_terminal_escaped(capsys):
+    name = "a\x1b[31m"
+    common.print_conditions("A title", {name: {**SOUND, "warnings": ["bad\x07"]}})
+    assert capsys.readouterr().out.replace("\n", "").isprintable()
+
+
 def test_ctrl_c_advises_a_command_for_a_shell_that_keeps_the_finished_epochs(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt

@@ -341,6 +341,21 @@ def test_a_script_says_first_what_it_does_and_before_the_attacks_how_long_they_t
         assert all(re.fullmatch(r"Attacks on \d+ images: at most \d+ min", line) for line in lines)
 
 
+def test_a_folder_whose_name_holds_anything_works_and_leaves_the_terminal_alone(cifar10, tmp_path):
+    results = tmp_path / "a\nb|c \x1b[31m"
+    commands = [
+        helpers.quick_script("q1", cifar10, results),
+        helpers.script("report.py", "--quick", "--results", results),
+        helpers.script("q3_attack.py", "--quick", "--data", cifar10, "--results", results),
+    ]
+    finished = [subprocess.run(each, capture_output=True, text=True) for each in commands]
+    assert [each.returncode for each in finished] == [0, 0, 2]
+    assert (results / "report.html").exists()
+    printed = "".join(each.stdout + each.stderr for each in finished)
+    assert printed.replace("\n", "").isprintable()
+    assert len(finished[2].stderr.splitlines()) == 1
+
+
 @each_question
 def test_a_table_with_the_results_is_printed(quick_run, metrics, measured, question):
     printed = quick_run.finished[question].stdout
