@@ -53,14 +53,8 @@ def main():
         "n_train": len(split["train"]), "n_val": len(split["val"]), "n_test": len(split["test"]),
         "test_images_with_duplicate_in_train": {"exact": exact, "near": near,
                                                 "near_means_correlation_from": NEAR_DUPLICATE},
-        "seconds": seconds,
-    })
-    common.print_table(
-        "Question 1: images per part and class",
-        ["part", "images", "fewest of a class", "most of a class"],
-        [[part, *(str(of(count)) for of in (sum, min, max))] for part, count in counts.items()])
-    print(f"Test images with a duplicate in train: {exact} exact, {near} near "
-          f"(correlation of at least {NEAR_DUPLICATE})")
+        "seconds": seconds})
+    print_split(counts, exact, near)
 
 
 def draw_split(labels, protocol, seed, quick):
@@ -113,6 +107,16 @@ def standardised(images):
     vectors = common.as_float(images).flatten(1)
     vectors = vectors - vectors.mean(1, keepdim=True)
     return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-6)
+
+
+def print_split(counts, exact, near):
+    """The sizes of the parts, and the duplicates between train and test. counts: part to ten."""
+    common.print_table(
+        "Question 1: images per part and class",
+        ["part", "images", "fewest of a class", "most of a class"],
+        [[part, *(str(of(count)) for of in (sum, min, max))] for part, count in counts.items()])
+    print(f"Test images with a duplicate in train: {exact} exact, {near} near "
+          f"(correlation of at least {NEAR_DUPLICATE})")
 
 
 def plot_label_counts(path, counts):

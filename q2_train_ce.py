@@ -60,11 +60,7 @@ def main():
     common.write_metrics(folder, origin, {
         "models": {common.CROSS_ENTROPY: found}, "n_test": len(data["test"][1]),
         "umap_sha256": map_sha256, "seconds": seconds})
-    common.print_table(
-        "Question 2: ResNet-18 with cross-entropy",
-        ["part", "images", "accuracy", "calibration error (ECE)"],
-        [[part, str(len(data[part][1])), common.percent(score["accuracy"]),
-          common.percent(score["ece"])] for part, score in scores.items()])
+    print_scores(scores, data)
 
 
 def recipes_with(optimizer):
@@ -268,6 +264,15 @@ def class_scores(model, images, labels):
         "reliability": bins.tolist(),
         "ece": expected_calibration_error(bins),
     }
+
+
+def print_scores(scores, data):
+    """Accuracy and calibration of each part. scores: dict from part to class_scores'."""
+    common.print_table(
+        "Question 2: ResNet-18 with cross-entropy",
+        ["part", "images", "accuracy", "calibration error (ECE)"],
+        [[part, str(len(data[part][1])), common.percent(score["accuracy"]),
+          common.percent(score["ece"])] for part, score in scores.items()])
 
 
 def reliability(confidence, correct):

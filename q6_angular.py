@@ -70,10 +70,7 @@ def main():
     trained, train_labels = common.frozen(model, args.precision), data["train"][1]
     with common.timed(seconds, "vote"):
         train, test = (embed(trained, common.as_float(data[part][0])) for part in ("train", "test"))
-        votes = {"val": {"accuracy": validation_accuracy(trained, data),
-                         "accuracy_before_training": validation_accuracy(untrained, data)},
-                 "retrieval": retrieval_quality(train, train_labels, test, data["test"][1]),
-                 "neighbours": NEIGHBOURS}
+        votes = measured_votes(untrained, trained, train, test, data)
     losses = [soft_knn_loss(train, train_labels, of)
               for of in (common.summed_cross_entropy, common.summed_margin)]
     decide = knn_decision(train, train_labels)
@@ -218,6 +215,17 @@ def validation_accuracy(model, data):
     """Accuracy on validation of the vote of the training images. model: `frozen`."""
     train, val = (embed(model, common.as_float(data[part][0])) for part in ("train", "val"))
     return common.accuracy(vote(train, data["train"][1], val), data["val"][1])
+
+
+def measured_votes(untrained, trained, train, test, data):
+    """What is measured without attack: a dict of plain values.
+
+    untrained, trained: `frozen` models; train, test: the second's embeddings.
+    """
+    return {"val": {"accuracy": validation_accuracy(trained, data),
+                    "accuracy_before_training": validation_accuracy(untrained, data)},
+            "retrieval": retrieval_quality(train, data["train"][1], test, data["test"][1]),
+            "neighbours": NEIGHBOURS}
 
 
 def knn_decision(train, train_labels):
