@@ -325,6 +325,13 @@ def crop_and_flip(images, generator):
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def loss_and_correct(model, images, labels, recipe):
+    """Cross-entropy with smoothed labels, and the number of correct predictions, of a batch."""
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe["label_smoothing"])
+    return loss, (logits.argmax(1) == labels).sum()
+
+
 def shuffled_batches(labels, batch_size, generator):
     """An epoch in random order: int64 index tensors, without the incomplete last one.
 
@@ -866,7 +873,7 @@ def pgd_accuracy_by_step(model, images, labels, eps, step_size, steps, loss=summ
     return [(fooled_after > step).sum().item() / len(images) for step in range(steps + 1)]
 
 
-def accuracy_by_epsilon(model, images, labels, loss=summed_cross_entropy, decide=most_likely):
+def accuracy_by_epsilon(model, images, labels, loss, decide):
     """Accuracy on the first CURVE_IMAGES under L-infinity FGM and PGD at 0 and CURVE_EPSILONS.
 
     PGD's step stays the same share of epsilon. Returns a dict of lists `eps`, `fgm` and `pgd`, and

@@ -98,9 +98,7 @@ def train_classifier(data, recipe, state_file, fresh):
 
 def training_step(model, images, labels, generator, recipe):
     """Loss and number of correct predictions on a batch of uint8 images."""
-    logits = model(augmented(images, generator, recipe))
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe["label_smoothing"])
-    return loss, (logits.argmax(1) == labels).sum()
+    return common.loss_and_correct(model, augmented(images, generator, recipe), labels, recipe)
 
 
 def augmented(images, generator, recipe):

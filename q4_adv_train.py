@@ -23,7 +23,6 @@ import copy
 import common
 
 import torch
-import torch.nn.functional as F
 
 RECIPES = {  # searched on validation: docs/recipes.md. Both models share all but rate and noise.
     # lr: of the model trained with FGM; lr_perturbed: of the one without; noise: in epsilons
@@ -124,14 +123,14 @@ def train_variant(model, step, data, recipe, state_file, fresh):
 
 def step_on_perturbed(model, images, labels, generator, recipe):
     """Loss and number of correct predictions on new perturbed versions of uint8 images."""
-    return loss_and_correct(model, perturbed_versions(images, generator), labels, recipe)
+    return common.loss_and_correct(model, perturbed_versions(images, generator), labels, recipe)
 
 
 def step_on_attacked(model, images, labels, generator, recipe):
     """The same, with the perturbed versions under N-FGSM."""
     images = perturbed_versions(images, generator)
     images = n_fgsm(model, images, labels, recipe["eps"], recipe["noise"], generator)
-    return loss_and_correct(model, images, labels, recipe)
+    return common.loss_and_correct(model, images, labels, recipe)
 
 
 def perturbed_versions(images, generator):
@@ -148,13 +147,6 @@ def n_fgsm(model, images, labels, eps, noise, generator):
     noisy = (images + common.send(start, images.device)).clamp(0, 1)
     _, gradient = common.input_gradient(model, noisy, labels)
     return common.ascend(noisy, gradient, eps, "linf").clamp(0, 1)
-
-
-def loss_and_correct(model, images, labels, recipe):
-    """Loss and number of correct predictions on images as they are."""
-    logits = model(images)
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe["label_smoothing"])
-    return loss, (logits.argmax(1) == labels).sum()
 
 
 # ---- Figures -------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def pgd_training(model, images, labels, generator, recipe):
         _, gradient = common.input_gradient(model, moved, labels)
         moved = common.ascend(moved, gradient, 2 / 255, "linf")
         moved = common.project(moved, images, recipe["eps"], "linf")
-    return q4_adv_train.loss_and_correct(model, moved, labels, recipe)
+    return common.loss_and_correct(model, moved, labels, recipe)
 
 
 def trades(model, images, labels, generator, recipe):
@@ -193,14 +193,14 @@ def adversarial_weights(model, images, labels, generator, recipe):
     images = q4_adv_train.perturbed_versions(images, generator)
     images = q4_adv_train.n_fgsm(model, images, labels, recipe["eps"], recipe["noise"], generator)
     weights = [weight for weight in model.parameters() if weight.ndim > 1]
-    loss, _ = q4_adv_train.loss_and_correct(model, images, labels, recipe)
+    loss, _ = common.loss_and_correct(model, images, labels, recipe)
     gradients = torch.autograd.grad(loss, weights)
     moves = [AWP * weight.detach().norm() / gradient.norm().clamp_min(1e-12) * gradient
              for weight, gradient in zip(weights, gradients, strict=True)]
     with torch.no_grad():
         for weight, move in zip(weights, moves, strict=True):
             weight += move
-    loss, correct = q4_adv_train.loss_and_correct(model, images, labels, recipe)
+    loss, correct = common.loss_and_correct(model, images, labels, recipe)
     loss.backward()
     with torch.no_grad():
         for weight, move in zip(weights, moves, strict=True):

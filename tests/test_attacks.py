@@ -417,7 +417,7 @@ def test_question_4_trains_on_perturbed_images(monkeypatch, step):
     """With ten pixels at full it sees them; without the perturbation it would not."""
     seen = []
     monkeypatch.setattr(
-        q4_adv_train, "loss_and_correct", lambda model, images, labels, recipe: seen.append(images)
+        common, "loss_and_correct", lambda model, images, labels, recipe: seen.append(images)
     )
     monkeypatch.setattr(q4_adv_train, "n_fgsm", lambda model, images, *others: images)
     step(

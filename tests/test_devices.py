@@ -199,7 +199,7 @@ def test_training_in_bfloat16_sees_the_images_of_float32_and_loses_in_float32(mo
         seen[model.precision].append((images, logits.dtype, images.dtype))
         return F.cross_entropy(logits, labels), 0
 
-    monkeypatch.setattr(q4_adv_train, "loss_and_correct", noted)
+    monkeypatch.setattr(common, "loss_and_correct", noted)
     images, labels = helpers.tiny_data()["val"]
     for precision in ("float32", "bfloat16"):
         seen[precision] = []
