@@ -22,6 +22,7 @@ ifneq ($(UNFIT),)
     $(error RESULTS=$(RESULTS): give a folder name without spaces and special characters)
 endif
 
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
 VENV   := .venv/bin/python
 COMMON := --data "$(DATA)" --results $(RESULTS) $(FLAGS)
 MODEL  := $(COMMON) $(if $(SEED),--seed $(SEED))
@@ -34,10 +35,8 @@ all: $(RESULTS)/report.html
 	    { echo "error: Python 3.10 or newer is needed; name one, for instance: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv || \
 	    { rm -rf .venv; echo "error: no virtual environment can be made; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 2; }
-ifeq ($(TORCH),cpu)
-	$(VENV) -m pip install --quiet torch torchvision --index-url https://download.pytorch.org/whl/cpu
-endif
-	@$(VENV) -m pip install --quiet --requirement requirements.txt || \
+	@{ $(if $(filter cpu,$(TORCH)),$(VENV) -m pip install --quiet torch torchvision --index-url $(CPU_BUILDS) &&) \
+	    $(VENV) -m pip install --quiet --requirement requirements.txt; } || \
 	    { echo "error: the packages of requirements.txt cannot be installed; connect to the network and run make again" >&2; exit 2; }
 	touch $@
 

@@ -466,11 +466,29 @@ def test_make_torch_cpu_asks_for_the_build_without_cuda(tmp_path):
     assert "--index-url" not in make(tmp_path, "--dry-run", ".venv/installed").stdout
 
 
+NO_VENV = "test $1 != -m"
+NO_NETWORK = f"mkdir -p .venv/bin; ln -sf {shutil.which('false')} .venv/bin/python"
+
+
 @needs_make
-def test_make_says_what_to_do_about_an_old_python(tmp_path):
-    old = tmp_path / "python3.9"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
-    finished = make(tmp_path, f"PYTHON={old}", ".venv/installed")
-    line = finished.stderr.splitlines()[0]
-    assert finished.returncode == 2 and line.startswith("error: Python 3.10 or newer is needed")
+@pytest.mark.parametrize(
+    "commands, beginning",
+    [
+        ("exit 1", "error: Python 3.10 or newer is needed; name one"),
+        (NO_VENV, "error: no virtual environment can be made; on Debian and Ubuntu: sudo apt"),
+        (NO_NETWORK, "error: the packages of requirements.txt cannot be installed; connect to"),
+    ],
+    ids=["old", "without venv", "without network"],
+)
+@pytest.mark.parametrize("words", [[], ["TORCH=cpu"]], ids=["", "TORCH=cpu"])
+def test_make_says_what_to_do_about_a_machine_that_lacks_something(
+    tmp_path, commands, beginning, words
+):
+    python = tmp_path / "stand-in"
+    python.write_text(f"#!/bin/sh\n{commands}\n")
+    python.chmod(0o755)
+    finished = make(tmp_path, f"PYTHON={python}", ".venv/installed", *words)
+    first, *others = finished.stderr.splitlines()
+    assert finished.returncode == 2 and first.startswith(beginning)
+    assert all(line.startswith("make") for line in others)
+    assert not (tmp_path / ".venv" / "installed").exists()
