@@ -9,6 +9,7 @@ import subprocess
 from types import SimpleNamespace
 
 import common
+import demo
 import helpers
 import q2_train_ce
 import q4_adv_train
@@ -417,6 +418,19 @@ def test_make_hands_its_variables_to_the_scripts_that_know_them():
         assert ("--stem cifar" in line) == (
             question == "q2"
         )  # the others follow question 2's model
+
+
+def test_the_demo_runs_every_script_on_its_own_pictures_and_says_so(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(demo, "FOLDER", tmp_path)
+    monkeypatch.setattr(demo, "run", lambda command: commands.append(list(map(str, command))))
+    demo.main()
+    assert (tmp_path / "data" / "cifar-10-batches-py" / "test_batch").exists()
+    *questions, made = commands
+    for (question, script), command in zip(helpers.SCRIPTS.items(), questions, strict=True):
+        assert str(helpers.ROOT / script) in command and str(tmp_path / "data") in command
+        assert command[-2:] == demo.FLAGS.get(question, command)[-2:]
+    assert any(word.endswith("report.py") for word in made) and demo.NOTE in made
 
 
 # ---- Make --------------------------------------------------------------------------------------
