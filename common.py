@@ -495,42 +495,45 @@ def fit_umap(features, seed):
     machine. UMAP is given the exact neighbours, since compiling its own search for them takes
     longer than everything else.
     """
-    import scipy.sparse
     _let_numba_cache()
     if len(features) <= UMAP_NEIGHBOURS or not features.isfinite().all():
         raise ValueError(f"a map needs more than {UMAP_NEIGHBOURS} points, all of them finite")
     from umap import UMAP
 
-    def neighbours(queries):
-        found = [nearest_neighbours(batch, UMAP_NEIGHBOURS, features)
-                 for batch in queries.split(KNN_BATCH)]
-        return [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)]
-
-    def place(others):
-        distances, indices = neighbours(others)
-        starts = np.arange(0, indices.size + 1, UMAP_NEIGHBOURS)
-        shape = len(others), len(features)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it relies on these distances
-            return reducer.transform(scipy.sparse.csr_matrix(
-                (distances.ravel(), indices.ravel(), starts), shape))
-
-    distances, indices = neighbours(features)
+    search = _ExactSearch(features)
+    indices, distances = search.query(features.cpu().numpy(), UMAP_NEIGHBOURS)
     indices[:, 0], distances[:, 0] = np.arange(len(features)), 0  # also where features are equal
     reducer = UMAP(n_neighbors=UMAP_NEIGHBOURS, min_dist=0.1, random_state=seed, n_jobs=1,
-                   metric="precomputed", precomputed_knn=(indices.astype(np.int32), distances))
+                   precomputed_knn=(indices, distances, search))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it has no search of its own
-        reducer.fit(scipy.sparse.csr_matrix((len(features), len(features)), dtype=np.float32))
-    return reducer.embedding_, place
+        warnings.simplefilter("ignore", UserWarning)  # that the search is none of its own
+        reducer.fit(features.cpu().numpy())
+    return reducer.embedding_, lambda others: reducer.transform(others.cpu().numpy())
+
+
+class _ExactSearch:
+    """Finds neighbours among the features, as UMAP asks its search index for them."""
+
+    _angular_trees = False
+
+    def __init__(self, features):
+        self.features = features
+
+    def query(self, points, k, epsilon=None):
+        points = torch.from_numpy(points).to(self.features.device)
+        distances, indices = nearest_neighbours(points, k, self.features)
+        return indices.int().cpu().numpy(), distances.cpu().numpy()
 
 
 def _let_numba_cache():
-    """Give UMAP's compiler a temporary folder where UMAP's and home are read-only."""
+    """Let UMAP's compiler keep what takes longest, in a temporary folder if there is no other."""
     import importlib.util
     places = Path(importlib.util.find_spec("umap").origin).parent, Path.home()
     if not any(os.access(place, os.W_OK) for place in places):
         os.environ.setdefault("NUMBA_CACHE_DIR", tempfile.mkdtemp(prefix="numba-"))
+    from umap import umap_
+    for function in (umap_.smooth_knn_dist, umap_.compute_membership_strengths):
+        function.enable_caching()
 
 
 def save_figure(figure, path):
@@ -982,23 +985,24 @@ def knn_predict(train_embeddings, train_labels, embeddings, k):
     """
     if not 1 <= k <= len(train_embeddings):
         raise ValueError(f"k is {k}, but there are {len(train_embeddings)} training embeddings")
-    num_classes = int(train_labels.max()) + 1
-
-    def vote(batch):
-        _, nearest = nearest_neighbours(batch, k, train_embeddings)
-        return F.one_hot(train_labels[nearest], num_classes).sum(1).argmax(1)
-
-    return in_batches(vote, embeddings, KNN_BATCH)
+    _, nearest = nearest_neighbours(embeddings, k, train_embeddings)
+    votes = torch.zeros(len(nearest), int(train_labels.max()) + 1, device=nearest.device)
+    one_each = torch.ones_like(nearest, dtype=votes.dtype)
+    return votes.scatter_add_(1, train_labels[nearest], one_each).argmax(1)
 
 
 def nearest_neighbours(queries, k, reference):
     """Exact Euclidean k-NN, nearest first: distances N x k and indices N x k into `reference`."""
     centre = reference.mean(0)  # far from the origin, the squares below would swamp the distances
-    queries, reference = queries - centre, reference - centre
-    # |q - r|^2 = |r|^2 - 2 q r + |q|^2, of which the last does not change the order.
-    squares = torch.addmm(reference.square().sum(1), queries, reference.T, alpha=-2)
-    squares, indices = squares.topk(k, largest=False)
-    return (squares + queries.square().sum(1, keepdim=True)).clamp_min(0).sqrt(), indices
+    reference = reference - centre
+    lengths, found = reference.square().sum(1), []
+    for batch in (queries - centre).split(KNN_BATCH):
+        # |q - r|^2 = |r|^2 - 2 q r + |q|^2, of which the last does not change the order.
+        squares, indices = torch.addmm(lengths, batch, reference.T, alpha=-2).topk(k, largest=False)
+        own = batch.square().sum(1, keepdim=True)
+        found.append(((squares + own).clamp_min(0).sqrt(), indices))
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
 
 
 # ==== Housekeeping: nothing below changes a number ===============================================

@@ -26,8 +26,9 @@ RECIPES = {  # searched on validation: docs/recipes.md
     # For a GPU. A run as long would learn its images by heart without TrivialAugment.
     "cifar": {"epochs": 150, "batch_size": 64, "lr": 0.1, "trivial_augment": True},
 }
-# With --optimizer adamw, the original report's. It leaves the decay open: PyTorch's default.
-ADAMW = {"optimizer": "adamw", "batch_size": 128, "lr": 0.001, "weight_decay": 0.01}
+# With --optimizer adamw, the original report's. It leaves the decay open: PyTorch's default. Its
+# rate reads 0.01 or 0.001 in the scan: the first is better on validation.
+ADAMW = {"optimizer": "adamw", "batch_size": 128, "lr": 0.01, "weight_decay": 0.01}
 LABEL_SMOOTHING = 0.1  # keeps the network from growing over-confident on so few images
 CUTOUT = 12  # side of the square, in pixels
 CALIBRATION_BINS = 15  # as in Guo et al. 2017

@@ -3,7 +3,6 @@
 import common
 import helpers
 import q2_train_ce
-import q3_attack
 import q4_adv_train
 import q6_angular
 
@@ -143,7 +142,6 @@ def test_evaluation_and_attacks_need_no_float64(parts):
     with NoFloat64():
         model = common.frozen(network("cpu"))
         common.robustness(model, model, images, perturbed, labels, 0)
-        q3_attack.accuracy_by_epsilon(model, images, labels)
         common.backbone_features(model, images)
         train = F.normalize(torch.randn(60, 10))
         losses = [q6_angular.soft_knn_loss(train, torch.arange(60) % 10)]
