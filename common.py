@@ -1107,6 +1107,7 @@ def parse_arguments(parser):
     """
     args = parser.parse_args()
     torch.backends.fp32_precision = "ieee"  # not TF32, to which cuDNN rounds of its own accord
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch 2.9 does not derive it
     args.results = args.results or Path("results-quick" if args.quick else "results")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                "cpu": True, "auto": True}

@@ -248,7 +248,8 @@ def test_float32_is_not_tf32_once_the_flags_are_read(monkeypatch, tmp_path):
     before = torch.backends.fp32_precision
     monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path)])
     try:
-        torch.backends.fp32_precision = "tf32"
+        for backend in (torch.backends, torch.backends.cudnn.conv):
+            backend.fp32_precision = "tf32"
         common.parse_arguments(common.argument_parser("A script."))
         for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
             assert backend.fp32_precision == "ieee"
