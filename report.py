@@ -220,7 +220,7 @@ def attack_section(q3):
     model, = q3["models"].values()
     value, checks, number = model["accuracy"], model["checks"], q3["n_test"]
     parts = [[part, common.percent(share)] for part, share in model["by_part"].items()]
-    worst = min(model["by_part"], key=model["by_part"].get)
+    worst, second = sorted(model["by_part"], key=model["by_part"].get)[:2]
     sound = not model["warnings"]
     return [
         ("heading", "Question 3: perturbation and attack"),
@@ -240,7 +240,9 @@ def attack_section(q3):
          ["part of the perturbation, alone", "accuracy"],
          [*parts, ["all three", common.percent(value["perturbed"])]]),
         ("text", f"Of the parts in table 3, {worst} costs most. "
-                 + effect("It", value["clean"], model["by_part"][worst], number)),
+                 + effect("It", value["clean"], model["by_part"][worst], number)
+                 if shows(model["by_part"][worst], model["by_part"][second], number) else
+                 "Which of the parts in table 3 costs most does not show."),
         *attack_sentences(model, number),
         ("text", f"Precision: on the first {checks['images']} images FGM leaves "
                  f"{common.percent(checks['fgm'])} as measured and "

@@ -239,6 +239,14 @@ def test_question_6_gives_a_reason_only_where_its_numbers_bear_it():
         assert {name for name in ("Musgrave", "Mao") if name in text} == sources
 
 
+def test_the_part_that_costs_most_is_named_only_where_one_does():
+    assert "colour jitter costs most" in text_of(report.attack_section(question_3()))
+    equal = question_3()
+    equal["models"]["m"]["by_part"] = {"colour jitter": 0.8, "rotation": 0.801, "pixels": 0.84}
+    text = text_of(report.attack_section(equal))
+    assert "costs most does not show" in text and "colour jitter costs" not in text
+
+
 def test_the_sources_are_those_that_the_text_names():
     blocks = report.attack_section(question_3())
     heading, (_, lines) = report.sources_section(blocks)
