@@ -584,7 +584,7 @@ def markdown(blocks):
 
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; align-items: end }
+.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; align-items: start }
 .wide { grid-column: 1 / -1 }
 figure { margin: 1rem 0; text-align: center; break-inside: avoid }
 img { max-width: 100% }
