@@ -512,7 +512,7 @@ def fit_umap(features, seed):
 
 
 class _ExactSearch:
-    """Finds neighbours among the features, as UMAP asks its search index for them."""
+    """Finds neighbours among the features, in the place of UMAP's search, which approximates."""
 
     _angular_trees = False
 
