@@ -500,14 +500,14 @@ def fit_umap(features, seed):
         raise ValueError(f"a map needs more than {UMAP_NEIGHBOURS} points, all of them finite")
     from umap import UMAP
 
-    search = _ExactSearch(features)
-    indices, distances = search.query(features.cpu().numpy(), UMAP_NEIGHBOURS)
+    search, array = _ExactSearch(features), features.cpu().numpy()
+    indices, distances = search.query(array, UMAP_NEIGHBOURS)
     indices[:, 0], distances[:, 0] = np.arange(len(features)), 0  # also where features are equal
     reducer = UMAP(n_neighbors=UMAP_NEIGHBOURS, min_dist=0.1, random_state=seed, n_jobs=1,
                    precomputed_knn=(indices, distances, search))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the search is none of its own
-        reducer.fit(features.cpu().numpy())
+        reducer.fit(array)
     return reducer.embedding_, lambda others: reducer.transform(others.cpu().numpy())
 
 
@@ -848,7 +848,7 @@ def minutes_of_attacks(model, images, labels, loss):
         input_gradient(model, images[:size], labels[:size], loss)[1].sum().item()
     per_image = (time.perf_counter() - started) / len(images[:size])
     # On all images FGM, worth five gradients, and PGD; on few the other attacks, all of them PGD.
-    few = 2 * STRONGEST_IMAGES + (3 + len(CURVE_EPSILONS)) * CHECKED_IMAGES
+    few = 2 * STRONGEST_IMAGES + 3 * CHECKED_IMAGES + len(CURVE_EPSILONS) * CURVE_IMAGES
     gradients = (5 + PGD_STEPS) * len(images) + PGD_STEPS * min(few, 10 * len(images))
     return per_image * gradients / 60
 

@@ -249,15 +249,13 @@ def attack_section(q3):
                  f"{common.percent(checks['fgm_float32'])} with float32 arithmetic throughout."),
         *warnings_of(q3["models"]),
         *why(
-            (sound and checks["noise"] > checks["fgm"]
-             and shows(checks["noise"], checks["fgm"], checks["images"]),
+            (sound and exceeds(checks["noise"], checks["fgm"], checks["images"]),
              "The network reads patterns that predict the class and that a change too small to see "
              "can turn around: non-robust features (Ilyas et al. 2019)."),
-            (sound and value["pgd"] < value["fgm"] and shows(value["pgd"], value["fgm"], number),
+            (sound and exceeds(value["fgm"], value["pgd"], number),
              "FGM follows the gradient at the image alone, as if the loss were linear (Goodfellow "
              "et al. 2015); where it bends, more and smaller steps find more (Madry et al. 2018)."),
-            (sound and value["perturbed"] > value["fgm"]
-             and shows(value["perturbed"], value["fgm"], number),
+            (sound and exceeds(value["perturbed"], value["fgm"], number),
              "The perturbation changes pixels by far more than FGM does and costs less, since it "
              "is drawn without a look at the network: among 3,072 directions few matter, and a "
              "random one hardly points along them (Fawzi et al. 2016).")),
@@ -295,12 +293,11 @@ def adversarial_section(q4):
         *attack_sentences(robust, number),
         *warnings_of(q4["models"]),
         *why(
-            (sound and after["pgd"] > before["pgd"] and shows(after["pgd"], before["pgd"], number),
+            (sound and exceeds(after["pgd"], before["pgd"], number),
              "Training on one kind of change teaches to bear that kind and hardly another (Geirhos "
              "et al. 2018): the perturbation does not prepare for an attack, an attack in the loop "
              "does (Madry et al. 2018)."),
-            (sound and after["clean"] < before["clean"]
-             and shows(after["clean"], before["clean"], number),
+            (sound and exceeds(before["clean"], after["clean"], number),
              "What it costs on clean images are features that predict the class but do not stand "
              "an attack; a robust model has to do without them (Tsipras et al. 2019).")),
         ("text", "Figures 9 and 10 show the trainings, figures 11 and 12 the maps."),
@@ -335,10 +332,10 @@ def angular_section(q6):
         *attack_sentences(model, number),
         *warnings_of(q6["models"]),
         *why(
-            (not (last > first and shows(last, first, number)),
+            (not exceeds(last, first, number),
              "The loss orders distances and has no word on classes; losses of its kind gain little "
              "where all else is equal (Musgrave et al. 2020)."),
-            (value["pgd"] < value["clean"] / 2 and shows(value["pgd"], value["clean"], number),
+            (value["pgd"] < value["clean"] / 2 and exceeds(value["clean"], value["pgd"], number),
              "A vote does not protect: it reads the same features, and whoever moves an image's "
              "features moves its neighbours (Mao et al. 2019).")),
         ("text", "Figure 13 shows the training, table 6 how well neighbours are ranked, figures 14 "
@@ -452,6 +449,11 @@ def shows(first, second, number):
     return first != second and abs(first - second) >= 2 * error
 
 
+def exceeds(first, second, number):
+    """Whether the first of two accuracies is the higher, and that shows."""
+    return first > second and shows(first, second, number)
+
+
 def effect(cause, before, after, number):
     """A sentence on what takes an accuracy from `before` to `after`, on so many images each."""
     points = 100 * (after - before)
@@ -466,7 +468,7 @@ def fitted(model, number):
     train, test = model["history"][-1]["accuracy"], model["test"]["accuracy"]
     said = (f"In the last epoch it was right on {common.percent(train)} of the augmented training "
             f"images (figures 3 and 4), and then on {common.percent(test)} of the test images.")
-    if train > test and shows(train, test, number):
+    if exceeds(train, test, number):
         said += (" A network of this size can learn any labels by heart (Zhang et al. 2017); "
                  "augmentation shows it no image twice.")
     return said
