@@ -310,6 +310,7 @@ OPTIMIZER = {
 }
 ABSURD = 1e6  # a loss from which no training comes back
 VALIDATION_SUBSET = 2_000  # the first validation images (q1 has shuffled them), scored every epoch
+STATE_EVERY = 10  # seconds: writing the state takes a good part of a GPU's epoch
 
 
 def crop_and_flip(images, generator):
@@ -352,7 +353,8 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
     correct predictions; batches(labels, batch_size, generator): an epoch's index tensors;
     evaluate(model): dict of numbers to note after each epoch; guard: the name of one of them, at
     whose collapse training stops and goes back to the weights of its best epoch (see kept_epoch).
-    After each epoch the whole state goes to `state_file`. A later call goes on from there, unless
+    The whole state goes to `state_file` after the last epoch, and after any other that ends
+    STATE_EVERY seconds or more after it was written. A later call goes on from there, unless
     `fresh`, and ends bit for bit where an uninterrupted one does (on the CPU), because an epoch's
     random numbers come from the seed and the epoch alone. Returns one dict per epoch: loss,
     accuracy, seconds and what `evaluate` gave. Raises UserError for a state of another recipe and
@@ -364,6 +366,7 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     require_room(Path(state_file).parent, 4 * weights)  # with the best ones and the moments
     with only_one(Path(state_file).parent):
+        written = time.perf_counter()
         for epoch in range(len(history), recipe["epochs"]):
             if kept_epoch(history, guard) < len(history):
                 break
@@ -376,9 +379,12 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
             history.append(scores)
             if guard and scores[guard] == max(epoch[guard] for epoch in history):
                 best = copy.deepcopy(model.state_dict())
-            write_torch(state_file, {"recipe": recipe, "history": history, "best": best,
-                                     "model": model.state_dict(),
-                                     "optimizer": optimizer.state_dict()})
+            last = epoch + 1 == recipe["epochs"] or kept_epoch(history, guard) < len(history)
+            if last or time.perf_counter() - written >= STATE_EVERY:
+                write_torch(state_file, {"recipe": recipe, "history": history, "best": best,
+                                         "model": model.state_dict(),
+                                         "optimizer": optimizer.state_dict()})
+                written = time.perf_counter()
             _print_epoch(history, recipe["epochs"], time.perf_counter() - started)
     kept = kept_epoch(history, guard)
     if kept < len(history):
@@ -1034,8 +1040,8 @@ def run(main):
         sys.exit(1)
     except KeyboardInterrupt:
         again = shlex.join(["python", *(word for word in sys.argv if word != "--fresh")])
-        print("\nInterrupted. Finished epochs are kept; go on with:", one_line(again),
-              file=sys.stderr)
+        print("\nInterrupted. Training is kept but for its last seconds; go on with:",
+              one_line(again), file=sys.stderr)
         sys.exit(130)
 
 

@@ -94,21 +94,39 @@ def trainings():
     }
 
 
-@pytest.mark.parametrize("name", trainings())
-def test_the_other_trainings_go_on_exactly_after_an_interruption(tmp_path, monkeypatch, name):
-    train = trainings()[name]
-    whole = train(tmp_path / "whole.pt")
-
+def interrupt_in_the_second_epoch(train):
     original = common.generator_for
 
-    def interrupt_the_second_epoch(seed, stream, number=0):
+    def interrupted(seed, stream, number=0):
         if (stream, number) == ("epoch", 1):
             raise KeyboardInterrupt
         return original(seed, stream, number)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "generator_for", interrupt_the_second_epoch)
-        train(tmp_path / "resumed.pt")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "generator_for", interrupted)
+        train()
+
+
+@pytest.mark.parametrize("seconds, epochs_kept", [(0, 1), (10**6, None)])
+def test_the_state_is_written_when_so_many_seconds_have_passed(
+    tmp_path, monkeypatch, seconds, epochs_kept
+):
+    """Writing takes a good part of a GPU's epoch."""
+    monkeypatch.setattr(common, "STATE_EVERY", seconds)
+    train = trainings()["q4 perturbed"]
+    interrupt_in_the_second_epoch(lambda: train(tmp_path / "training.pt"))
+    kept = (tmp_path / "training.pt").exists() and len(history_of(tmp_path))
+    assert kept == (epochs_kept or False)
+    train(tmp_path / "training.pt")
+    assert len(history_of(tmp_path)) == 2  # after the last one it is
+
+
+@pytest.mark.parametrize("name", trainings())
+def test_the_other_trainings_go_on_exactly_after_an_interruption(tmp_path, monkeypatch, name):
+    train = trainings()[name]
+    whole = train(tmp_path / "whole.pt")
+    monkeypatch.setattr(common, "STATE_EVERY", 0)
+    interrupt_in_the_second_epoch(lambda: train(tmp_path / "resumed.pt"))
     resumed = train(tmp_path / "resumed.pt")
 
     assert helpers.without_seconds(resumed) == helpers.without_seconds(whole)
