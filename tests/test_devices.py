@@ -255,3 +255,72 @@ def test_float32_is_not_tf32_once_the_flags_are_read(monkeypatch, tmp_path):
             assert backend.fp32_precision == "ieee"
     finally:
         torch.backends.fp32_precision = before
+
+
+# ---- On a GPU ----------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+@pytest.fixture
+def refuse_waiting():
+    """A function from whose call on PyTorch raises where the processor would wait for the GPU."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def no_tf32():
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@on_gpu
+@pytest.mark.parametrize("name", [name for name in PREPARATIONS if name != "attack"])
+def test_a_gpu_makes_the_training_images_of_the_cpu_without_being_waited_for(refuse_waiting, name):
+    images = helpers.tiny_data()["train"][0]
+    images = images if name == "trivial augment" else common.as_float(images)
+    expected = PREPARATIONS[name](images, torch.Generator().manual_seed(0))
+    there = images.cuda()
+    refuse_waiting()
+    found = PREPARATIONS[name](there, torch.Generator().manual_seed(0))
+    torch.cuda.set_sync_debug_mode("default")
+    most = 1 if name == "trivial augment" else 1e-5
+    near = (found.cpu().double() - expected.double()).abs() <= most
+    assert near.double().mean() > 0.99  # rounding may choose another pixel as the nearest
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "step",
+    [q2_train_ce.training_step, q4_adv_train.step_on_perturbed, q4_adv_train.step_on_attacked],
+)
+def test_a_gpu_is_not_waited_for_in_training(refuse_waiting, step):
+    precision = common.best_precision("cuda")
+    model = network("cuda", precision).train()
+    recipe = helpers.tiny_recipe(device="cuda", precision=precision)
+    optimizer = common.optimizer_for(model, recipe)
+    images, labels = (part.cuda() for part in helpers.tiny_data()["train"])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        loss, _ = step(model, images, labels, generator, recipe)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        refuse_waiting()  # not in the first step, which prepares the GPU
+    torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
+@on_gpu
+def test_a_gpu_attacks_as_the_cpu_does(parts, no_tf32):
+    images, _, labels = parts
+    model, there = (common.frozen(network(device)) for device in ("cpu", "cuda"))
+    expected = common.fgm(model, images, labels, 8 / 255)
+    found = common.fgm(there, images.cuda(), labels.cuda(), 8 / 255).cpu()
+    assert ((found - expected).abs() < 1e-5).double().mean() > 0.99  # where a gradient is almost 0
+    expected = common.pgd_accuracy_by_step(model, images, labels, 8 / 255, 2 / 255, 5)
+    found = common.pgd_accuracy_by_step(there, images.cuda(), labels.cuda(), 8 / 255, 2 / 255, 5)
+    assert found == pytest.approx(expected, abs=2 / len(labels))
