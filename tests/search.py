@@ -3,12 +3,12 @@
 Made for a GPU, where a variant of `cifar` takes minutes. Of each variant two models are measured:
 the last, and the mean of the weights of the last fifth of the epochs, with its batch-norm
 statistics made anew. A variant that has its rows is not trained again. Question 4's variants are of
-the model that is trained with FGM.
+the model that is trained with FGM. Several searches can share a GPU, each with its own --results.
 
 Reads   results/q1/split.npz, results/q2/model.pt for question 4's, CIFAR-10
 Writes  results/search.csv
 Run     python tests/search.py --stem cifar
-        python tests/search.py --stem cifar --only "q2 mixup" "q4 TRADES" --seed 1
+        python tests/search.py --stem cifar --only "q2 mixup" "q2 recipe" --epochs 300 --seed 1
 """
 
 import collections
@@ -29,7 +29,7 @@ import q2_train_ce  # noqa: E402
 import q4_adv_train  # noqa: E402
 
 ATTACKED = 2_000  # validation images for FGM, PGD-20 and the strongest attack
-HEADER = ["variant", "seed", "minutes", "clean", "perturbed", "fgm", "pgd", "strongest",
+HEADER = ["variant", "epochs", "seed", "minutes", "clean", "perturbed", "fgm", "pgd", "strongest",
           "images_attacked", "hardware"]
 BETA = 6.0  # weight of TRADES's second term (Zhang et al. 2019)
 AWP = 0.005  # by how much of their own length weights are perturbed (Wu et al. 2020)
@@ -38,6 +38,8 @@ AWP = 0.005  # by how much of their own length weights are perturbed (Wu et al. 
 def main():
     parser = common.argument_parser(__doc__)
     parser.add_argument("--stem", choices=("auto", *common.STEMS), default="auto")
+    parser.add_argument("--epochs", type=common.between(int, 1, 10**6),
+                        help="of every variant (its question's recipe)")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = common.parse_arguments(parser)
     path = args.results / "search.csv"
@@ -45,11 +47,13 @@ def main():
     rows = list(csv.reader(path.read_text().splitlines())) if path.exists() else [HEADER]
     stem = q2_train_ce.choose_stem(args)
     for name in args.only:
-        if any(row[:2] == [name, str(args.seed)] for row in rows):
+        recipe = recipe_of(name, stem, args, split)
+        key = [name, str(recipe["epochs"]), str(args.seed)]
+        if key in [row[:3] for row in rows]:
             continue
         started = time.perf_counter()
         try:
-            models = trained(name, stem, args, split, data)
+            models = trained(name, recipe, args, split, data)
         except common.UserError as error:  # such as a loss that became infinite
             print(f"{name}: {error}", file=sys.stderr)
             continue
@@ -58,22 +62,28 @@ def main():
         for end, model in models.items():
             scores, number = measured(common.frozen(model, args.precision), data["val"], args.seed)
             shares = [f"{100 * score:.2f}" for score in scores]
-            rows.append([name + end, str(args.seed), minutes, *shares, str(number), hardware])
+            rows.append([name + end, *key[1:], minutes, *shares, str(number), hardware])
             buffer = io.StringIO()
             csv.writer(buffer).writerows(rows)
             common.write_file(path, buffer.getvalue().encode())
             print(dict(zip(HEADER, rows[-1], strict=True)), flush=True)
 
 
-def trained(name, stem, args, split, data):
-    """The variant's last model and the mean of its last ones: dict from a name's end to it."""
-    changes, step, prepare = VARIANTS[name]
+def recipe_of(name, stem, args, split):
+    """What the question's script would train with, and the variant's changes."""
     module = {"q2": q2_train_ce, "q4": q4_adv_train}[name[:2]]
-    recipe = base_recipe(module, stem, args, split)
-    recipe |= {"variant": name, **changes(recipe)}
-    torch.manual_seed(args.seed)
-    model = common.resnet18(len(common.CLASSES), stem).to(args.device)
-    if name.startswith("q4") and "random weights" not in name:
+    constants = {"label_smoothing": module.LABEL_SMOOTHING, "cutout": q2_train_ce.CUTOUT,
+                 "eps": common.EPSILON["linf"]}
+    recipe = common.choose_recipe(args, module.RECIPES, stem, "search", split, **constants)
+    return {**recipe, "variant": name, **VARIANTS[name][0]}
+
+
+def trained(name, recipe, args, split, data):
+    """The variant's last model and the mean of its last ones: dict from a name's end to it."""
+    _, step, prepare = VARIANTS[name]
+    torch.manual_seed(recipe["seed"])
+    model = common.resnet18(len(common.CLASSES), recipe["stem"]).to(recipe["device"])
+    if name.startswith("q4") and name != "q4 random weights":
         model = common.require_model(args, split)["model"]
     prepare(model, data["train"][0])
     images, labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
@@ -92,13 +102,6 @@ def trained(name, stem, args, split, data):
                           for key in weights[0]})
     renew_statistics(mean, data["train"], step, recipe)
     return {"": model, ", mean of the last fifth": mean}
-
-
-def base_recipe(module, stem, args, split):
-    """What the question's script would train with, without flags."""
-    constants = {"label_smoothing": module.LABEL_SMOOTHING, "cutout": q2_train_ce.CUTOUT,
-                 "eps": common.EPSILON["linf"]}
-    return common.choose_recipe(args, module.RECIPES, stem, "search", split, **constants)
 
 
 def renew_statistics(model, train, step, recipe):
@@ -235,22 +238,22 @@ def whiten_first_layer(model, images):
 
 STEP_2, STEP_4 = q2_train_ce.training_step, q4_adv_train.step_on_attacked
 VARIANTS = {  # changes of the recipe, the step, what is done to the model before training
-    "q2 recipe": (lambda recipe: {}, STEP_2, nothing),
-    "q2 twice the epochs": (lambda recipe: {"epochs": 2 * recipe["epochs"]}, STEP_2, nothing),
-    "q2 batch 128, rate 0.2": (lambda recipe: {"batch_size": 128, "lr": 0.2}, STEP_2, nothing),
-    "q2 batch 256, rate 0.4": (lambda recipe: {"batch_size": 256, "lr": 0.4}, STEP_2, nothing),
-    "q2 twice the decay": (lambda recipe: {"weight_decay": 1e-3}, STEP_2, nothing),
-    "q2 mixup": (lambda recipe: {}, mixup, nothing),
-    "q2 centralised gradients": (lambda recipe: {}, STEP_2, centralise_gradients),
-    "q2 whitened first layer": (lambda recipe: {}, STEP_2, whiten_first_layer),
-    "q4 recipe": (lambda recipe: {}, STEP_4, nothing),
-    "q4 noise 3": (lambda recipe: {"noise": 3.0}, STEP_4, nothing),
-    "q4 three times the epochs": (lambda recipe: {"epochs": 48}, STEP_4, nothing),
-    "q4 random weights, 100 epochs": (lambda recipe: {"epochs": 100}, STEP_4, nothing),
-    "q4 TrivialAugment": (lambda recipe: {}, attacked_after_trivial_augment, nothing),
-    "q4 perturbed weights": (lambda recipe: {}, adversarial_weights, nothing),
-    "q4 PGD-10": (lambda recipe: {}, pgd_training, nothing),
-    "q4 TRADES": (lambda recipe: {}, trades, nothing),
+    "q2 recipe": ({}, STEP_2, nothing),
+    "q2 batch 128, rate 0.2": ({"batch_size": 128, "lr": 0.2}, STEP_2, nothing),
+    "q2 batch 256, rate 0.4": ({"batch_size": 256, "lr": 0.4}, STEP_2, nothing),
+    "q2 twice the decay": ({"weight_decay": 1e-3}, STEP_2, nothing),
+    "q2 mixup": ({}, mixup, nothing),
+    "q2 centralised gradients": ({}, STEP_2, centralise_gradients),
+    "q2 whitened first layer": ({}, STEP_2, whiten_first_layer),
+    "q4 recipe": ({}, STEP_4, nothing),
+    "q4 batch 128, rate 0.2": ({"batch_size": 128, "lr": 0.2}, STEP_4, nothing),
+    "q4 batch 256, rate 0.4": ({"batch_size": 256, "lr": 0.4}, STEP_4, nothing),
+    "q4 noise 3": ({"noise": 3.0}, STEP_4, nothing),
+    "q4 random weights": ({}, STEP_4, nothing),
+    "q4 TrivialAugment": ({}, attacked_after_trivial_augment, nothing),
+    "q4 perturbed weights": ({}, adversarial_weights, nothing),
+    "q4 PGD-10": ({}, pgd_training, nothing),
+    "q4 TRADES": ({}, trades, nothing),
 }
 
 

@@ -14,15 +14,13 @@ import torch
 def test_a_variant_is_trained_and_measured_with_its_mean(tmp_path, monkeypatch, name):
     data = helpers.tiny_data()
     data = {part: (images[:20], labels[:20]) for part, (images, labels) in data.items()}
-    short = {"epochs": 1, "batch_size": 20, "lr": 1e-4}
-    changes, step, prepare = search.VARIANTS[name]
-    variant = (lambda recipe: {**changes(recipe), **short}, step, prepare)
-    monkeypatch.setitem(search.VARIANTS, name, variant)
     monkeypatch.setattr(search, "ATTACKED", 10)
     first = common.resnet18(10, "imagenet")
     monkeypatch.setattr(common, "require_model", lambda args, split: {"model": first})
     args = helpers.tiny_args(results=tmp_path)
-    models = search.trained(name, "imagenet", args, {"sha256": "tiny"}, data)
+    recipe = search.recipe_of(name, "imagenet", args, {"sha256": "tiny"})
+    recipe |= {"epochs": 1, "batch_size": 20, "lr": 1e-4}
+    models = search.trained(name, recipe, args, {"sha256": "tiny"}, data)
     assert list(models) == ["", ", mean of the last fifth"]
     for model in models.values():
         assert not model.training
@@ -45,12 +43,15 @@ def test_every_step_gives_a_loss_that_trains(step):
     assert all(weight.grad.abs().sum() > 0 for weight in model.parameters())
 
 
-def test_the_recipe_of_a_variant_is_the_scripts_own_but_for_its_change():
-    args = helpers.tiny_args(quick=False)
-    for module in q2_train_ce, q4_adv_train:
-        for stem, row in module.RECIPES.items():
-            found = search.base_recipe(module, stem, args, {"sha256": "tiny"})
-            assert found.items() >= {**row, **common.OPTIMIZER, "stem": stem}.items()
+@pytest.mark.parametrize("name", search.VARIANTS)
+def test_the_recipe_of_a_variant_is_the_scripts_own_but_for_its_changes(name):
+    args = helpers.tiny_args(quick=False, epochs=77)
+    module = q2_train_ce if name.startswith("q2") else q4_adv_train
+    for stem, row in module.RECIPES.items():
+        expected = {**common.OPTIMIZER, **row, "stem": stem, "epochs": 77, "variant": name}
+        expected |= search.VARIANTS[name][0]
+        found = search.recipe_of(name, stem, args, {"sha256": "tiny"})
+        assert {key: found[key] for key in expected} == expected
 
 
 def test_a_whitened_first_layer_gives_uncorrelated_numbers():
