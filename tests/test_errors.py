@@ -533,8 +533,9 @@ def test_a_disk_without_room_for_a_trainings_state_is_noticed_before_its_first_e
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_step_and_keeps_the_epochs_before(
-    tmp_path,
+    tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(common, "STATE_EVERY", 0)
     steps = []
 
     def step(model, images, labels, generator, recipe):
