@@ -78,7 +78,7 @@ def load_cifar10(root):
         if not folder.exists():
             download_url(CIFAR10.url, root, CIFAR10.filename, CIFAR10.tgz_md5)
             with tarfile.open(folder.with_name(CIFAR10.filename)) as archive:
-                archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not in every 3.10
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from 3.10.12
                 for member in with_bar(archive, "unpacking"):
                     archive.extract(member, root)
         for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list]:

@@ -13,17 +13,30 @@ import common  # noqa: E402  (it lies one folder up)
 
 def main():
     folders = [Path(name) for name in sys.argv[1:]]
-    print(f"Accuracy on test: mean and standard deviation over {len(folders)} seeds")
-    for question in ("q2", "q3", "q4", "q6"):
-        runs = [
-            common.read_metrics(folder / question / "metrics.json", "make seeds")["models"]
-            for folder in folders
-        ]
-        for name, model in runs[0].items():
-            for condition in model["accuracy"]:
-                shares = [run[name]["accuracy"][condition] for run in runs]
-                mean, spread = 100 * statistics.mean(shares), 100 * statistics.stdev(shares)
-                print(f"{name}, {condition}: {mean:.2f} ± {spread:.2f} %")
+    if len(folders) < 2:
+        raise common.UserError("give two results folders or more, or let them be made: make seeds")
+    runs = [accuracies_in(folder) for folder in folders]
+    rows = [
+        [name, *(mean_and_deviation([run[name][key] for run in runs]) for key in common.CONDITIONS)]
+        for name in runs[0]
+    ]
+    title = f"Accuracy on test in %, mean and standard deviation over {len(folders)} seeds"
+    common.print_table(title, ["model", *common.CONDITIONS.values()], rows)
+
+
+def accuracies_in(folder):
+    """What questions 3, 4 and 6 measured: dict from model to dict from condition to accuracy."""
+    accuracies = {}
+    for question in ("q3", "q4", "q6"):
+        metrics = common.read_metrics(folder / question / "metrics.json", "make seeds")
+        for name, model in metrics["models"].items():
+            accuracies[name] = {key: model["accuracy"][key] for key in common.CONDITIONS}
+    return accuracies
+
+
+def mean_and_deviation(shares):
+    """[0.84, 0.86] as '85.00 ± 1.41'."""
+    return f"{100 * statistics.mean(shares):.2f} ± {100 * statistics.stdev(shares):.2f}"
 
 
 if __name__ == "__main__":

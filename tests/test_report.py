@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import common
 import helpers
 import report
+import seeds
 
 import pytest
 
@@ -430,3 +431,28 @@ def test_a_note_stands_in_both_forms(tmp_path, monkeypatch):
     assert ("note", "A DRAFT") in blocks and "A DRAFT" in report.markdown(blocks)
     page = report.html_page([*blocks, ("heading", "H")], helpers.tiny_args(results=tmp_path), {})
     assert "<header>A DRAFT</header>" in page
+
+
+# ---- Several seeds -------------------------------------------------------------------------------
+
+
+def test_several_seeds_give_the_mean_and_the_deviation_of_each_accuracy(
+    tmp_path, monkeypatch, capsys
+):
+    for seed, clean in enumerate((0.84, 0.86)):
+        for question in ("q3", "q4", "q6"):
+            metrics = {"models": {f"model of {question}": model(changed(CLEAN, clean=clean))}}
+            folder = tmp_path / str(seed) / question
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr("sys.argv", ["seeds.py", str(tmp_path / "0"), str(tmp_path / "1")])
+    seeds.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split("  ") for line in lines if line.startswith("model of")]
+    assert [row[:3] for row in rows] == [
+        [f"model of {question}", "85.00 ± 1.41", "76.00 ± 0.00"] for question in ("q3", "q4", "q6")
+    ]
+
+
+def test_one_folder_alone_has_no_deviation(tmp_path, error_line):
+    assert "make seeds" in error_line(seeds.main, tmp_path)
