@@ -10,6 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402  (it lies one folder up)
 
+IN_L2 = {"fgm": "FGM, L2", "perturbed_fgm": "perturbed + FGM, L2"}
+
 
 def main():
     folders = [Path(name) for name in sys.argv[1:]]
@@ -17,11 +19,11 @@ def main():
         raise common.UserError("give two results folders or more, or let them be made: make seeds")
     runs = [accuracies_in(folder) for folder in folders]
     rows = [
-        [name, *(mean_and_deviation([run[name][key] for run in runs]) for key in common.CONDITIONS)]
-        for name in runs[0]
+        [name, *(mean_and_deviation([run[name][key] for run in runs]) for key in conditions)]
+        for name, conditions in runs[0].items()
     ]
     title = f"Accuracy on test in %, mean and standard deviation over {len(folders)} seeds"
-    common.print_table(title, ["model", *common.CONDITIONS.values()], rows)
+    common.print_table(title, ["model", *common.CONDITIONS.values(), *IN_L2.values()], rows)
 
 
 def accuracies_in(folder):
@@ -31,6 +33,7 @@ def accuracies_in(folder):
         metrics = common.read_metrics(folder / question / "metrics.json", "make seeds")
         for name, model in metrics["models"].items():
             accuracies[name] = {key: model["accuracy"][key] for key in common.CONDITIONS}
+            accuracies[name] |= {title: model["accuracy_l2"][key] for key, title in IN_L2.items()}
     return accuracies
 
 
