@@ -1036,6 +1036,10 @@ def run(main):
     except UserError as error:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; close what else uses it (nvidia-smi lists that), "
+              "or give --device cpu", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -1089,7 +1093,7 @@ def argument_parser(docstring, recipes=None):
         help="folder for everything written (results, or results-quick with --quick)")
     add("--seed", type=between(int, 0, 2**31 - 1), default=0, help="seed of all random numbers (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-        help="where to compute (auto: the best there is)")
+        help="where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs (auto: the best there is)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the backbone: float32 is IEEE's, not TF32 (auto: bfloat16 where it is fast)")
     add("--quick", action="store_true",
@@ -1116,16 +1120,28 @@ def parse_arguments(parser):
     torch.backends.fp32_precision = "ieee"  # not TF32, to which cuDNN rounds of its own accord
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch 2.9 does not derive it
     args.results = args.results or Path("results-quick" if args.quick else "results")
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-               "cpu": True, "auto": True}
+    present = {"cuda": args.device in ("auto", "cuda") and _cuda_works(),
+               "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
     if not present[args.device]:
-        raise UserError(f"--device {args.device}: PyTorch sees none here; use --device auto")
+        raise UserError(f"--device {args.device}: PyTorch can use none here; give --device auto")
     if args.device == "auto":
         args.device = next(device for device in present if present[device])
     if args.precision == "auto":
         args.precision = best_precision(args.device)
     require_room(args.results, 10**6)
     return args
+
+
+def _cuda_works():
+    """Whether there is a CUDA GPU that computes. Says why where there is one that does not."""
+    try:
+        return torch.cuda.is_available() and torch.ones(1, device="cuda").add(1).item() == 2
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # such as no kernels for a GPU so old in this build of PyTorch
+        reason = str(error).partition("\n")[0]
+        print(one_line(f"The GPU stays unused, since PyTorch cannot: {reason}"), file=sys.stderr)
+        return False
 
 
 def require_room(folder, number_of_bytes):

@@ -105,6 +105,49 @@ def test_a_missing_device_is_named(error_line, tmp_path):
     assert "--device auto" in error_line(q1_split.main, "--results", tmp_path, "--device", "cuda")
 
 
+@pytest.fixture
+def broken_gpu(monkeypatch):
+    """Function that lets PyTorch see a GPU at whose first use it raises a given error."""
+
+    def break_with(error):
+        def ones(*size, device):
+            assert device == "cuda"
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "ones", ones)
+
+    return break_with
+
+
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nFor debugging..."
+
+
+def test_a_gpu_too_old_for_pytorch_stays_unused_with_a_line_that_says_so(
+    broken_gpu, monkeypatch, tmp_path, capsys
+):
+    broken_gpu(torch.AcceleratorError(NO_KERNEL))
+    monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path)])
+    args = common.parse_arguments(common.argument_parser("A script."))
+    assert args.device == "cpu"
+    line, = capsys.readouterr().err.splitlines()
+    assert line.endswith("no kernel image is available for execution on the device")
+
+
+def test_a_gpu_too_old_that_is_asked_for_is_refused(
+    broken_gpu, monkeypatch, tmp_path, capsys
+):
+    broken_gpu(torch.AcceleratorError(NO_KERNEL))
+    monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path), "--device", "cuda"])
+    with pytest.raises(common.UserError, match="--device auto"):
+        common.parse_arguments(common.argument_parser("A script."))
+
+
+def test_a_gpu_whose_memory_is_full_ends_in_one_line(broken_gpu, error_line, tmp_path):
+    broken_gpu(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert "--device cpu" in error_line(q1_split.main, "--results", tmp_path)
+
+
 @pytest.mark.parametrize(
     "script", [q1_split, q2_train_ce, q3_attack, q4_adv_train, q6_angular, report]
 )
