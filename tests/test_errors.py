@@ -130,13 +130,11 @@ def test_a_gpu_too_old_for_pytorch_stays_unused_with_a_line_that_says_so(
     monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path)])
     args = common.parse_arguments(common.argument_parser("A script."))
     assert args.device == "cpu"
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("no kernel image is available for execution on the device")
 
 
-def test_a_gpu_too_old_that_is_asked_for_is_refused(
-    broken_gpu, monkeypatch, tmp_path, capsys
-):
+def test_a_gpu_too_old_that_is_asked_for_is_refused(broken_gpu, monkeypatch, tmp_path, capsys):
     broken_gpu(torch.AcceleratorError(NO_KERNEL))
     monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path), "--device", "cuda"])
     with pytest.raises(common.UserError, match="--device auto"):
