@@ -22,11 +22,13 @@ instant.
 """
 
 import contextlib
+import os
 import signal
 
 INTERRUPT = signal.getsignal(signal.SIGINT)
 with contextlib.suppress(ValueError):  # raised outside the main thread, where it is not needed
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a quiet end while modules load
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack, the CPU does
 
 import argparse
 import copy
@@ -35,7 +37,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pickle
 import platform
 import shlex

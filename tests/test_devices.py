@@ -1,5 +1,9 @@
 """What a GPU would refuse, wait for or round, shown without one."""
 
+import os
+import subprocess
+import sys
+
 import common
 import helpers
 import q2_train_ce
@@ -176,6 +180,26 @@ def test_retrieval_is_scored_on_the_cpu(monkeypatch):
     given = [tensor.as_subclass(OnAGpu) for tensor in (embeddings, labels)]
     q6_angular.retrieval_quality(*given, *given)
     assert seen == ["cpu", True]
+
+
+def test_what_apples_gpus_lack_is_left_to_the_cpu():
+    """PyTorch reads the variable when it is imported."""
+    code = (
+        "import os, sys\n"
+        "class Noting:\n"
+        "    def find_spec(name, *rest):\n"
+        "        if name == 'torch': print(os.environ.get('PYTORCH_ENABLE_MPS_FALLBACK'))\n"
+        "sys.meta_path.insert(0, Noting)\n"
+        "import common"
+    )
+    unset = {
+        name: value for name, value in os.environ.items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"
+    }
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(
+        command, env=unset, cwd=helpers.ROOT, capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.split() == ["1"]
 
 
 # ---- bfloat16 and TF32 -------------------------------------------------------------------------
