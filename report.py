@@ -49,6 +49,7 @@ ANSWER_5 = ((HERE / "q5_angular_loss.md").read_text(encoding="utf-8").split("\n"
 
 def main():
     parser = common.argument_parser(__doc__)
+    parser.set_defaults(device="cpu")  # a GPU would have nothing to do
     parser.add_argument("--author", default="", help="whose name stands below the title")
     parser.add_argument("--student-id", default="", help="what stands beside it")
     parser.add_argument("--note", default="", help="a line for the head of every page")

@@ -146,6 +146,11 @@ def test_a_gpu_whose_memory_is_full_ends_in_one_line(broken_gpu, error_line, tmp
     assert "--device cpu" in error_line(q1_split.main, "--results", tmp_path)
 
 
+def test_the_report_needs_no_gpu(broken_gpu, error_line, tmp_path):
+    broken_gpu(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert "holds no results" in error_line(report.main, "--results", tmp_path)
+
+
 @pytest.mark.parametrize(
     "script", [q1_split, q2_train_ce, q3_attack, q4_adv_train, q6_angular, report]
 )
