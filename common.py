@@ -513,9 +513,11 @@ def fit_umap(features, seed):
     indices[:, 0], distances[:, 0] = np.arange(len(features)), 0  # also where features are equal
     reducer = UMAP(n_neighbors=UMAP_NEIGHBOURS, min_dist=0.1, random_state=seed, n_jobs=1,
                    precomputed_knn=(indices, distances, search))
+    threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the search is none of its own
         reducer.fit(array)
+    torch.set_num_threads(threads)  # UMAP's compiler gives OpenMP, which both use, all processors
     return reducer.embedding_, lambda others: reducer.transform(others.cpu().numpy())
 
 

@@ -862,6 +862,21 @@ def test_umaps_compiler_has_a_place_to_write(monkeypatch, writable):
         assert Path(os.environ["NUMBA_CACHE_DIR"]).is_dir()
 
 
+def test_a_map_leaves_torch_the_threads_it_had():
+    """With more of them than processors, what follows takes ten times as long."""
+    code = (
+        "import torch, common\n"
+        "points, place = common.fit_umap(torch.rand(20, 4), 0)\n"
+        "place(torch.rand(3, 4)), print(torch.get_num_threads())"
+    )
+    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "3"}
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(
+        command, env={**os.environ, **threads}, cwd=helpers.ROOT, capture_output=True, text=True
+    )
+    assert finished.stdout == "1\n", finished.stderr
+
+
 def test_common_can_be_imported_outside_the_main_thread():
     code = (
         "import threading\n"
