@@ -378,7 +378,10 @@ def comparison(found):
               ("text", f"Epochs of training behind table 7: {', '.join(epochs)}. Those of a "
                        "model that began with another's weights come on top of that model's."),
               ("text", "Best under each condition, and what is not more than two standard errors "
-                       "behind: " + "; ".join(best) + ".")]
+                       "behind: " + "; ".join(best) + "."),
+              ("text", "Standard errors are those of drawing the test images. Training again with "
+                       "another seed moves accuracies, too, which one run cannot show; `make "
+                       "seeds` measures by how much.")]
     reference, *others = models
     for name in others:
         changes = []

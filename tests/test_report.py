@@ -335,6 +335,7 @@ def test_ties_are_not_called_the_best_and_small_differences_do_not_show():
     assert "clean: m (85.00 %) or without (85.02 %)" in text
     assert "without against m, in points: clean +0.0 (does not show)" in text
     assert "with against m, in points: clean -15.0, " in text
+    assert "another seed moves accuracies, too, which one run cannot show" in text
 
 
 def test_the_rate_is_that_of_the_models_own_recipe():
