@@ -369,10 +369,8 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
     require_room(Path(state_file).parent, 4 * weights)  # with the best ones and the moments
     with only_one(Path(state_file).parent):
         written = time.perf_counter()
-        for epoch in range(len(history), recipe["epochs"]):
-            if kept_epoch(history, guard) < len(history):
-                break
-            started = time.perf_counter()
+        while not _ended(history, recipe, guard):
+            epoch, started = len(history), time.perf_counter()
             losses, share = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
             seconds = time.perf_counter() - started
             scores = {"loss": losses.mean().item(), "accuracy": share, "seconds": seconds,
@@ -381,8 +379,7 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
             history.append(scores)
             if guard and scores[guard] == max(epoch[guard] for epoch in history):
                 best = copy.deepcopy(model.state_dict())
-            last = epoch + 1 == recipe["epochs"] or kept_epoch(history, guard) < len(history)
-            if last or time.perf_counter() - written >= STATE_EVERY:
+            if _ended(history, recipe, guard) or time.perf_counter() - written >= STATE_EVERY:
                 write_torch(state_file, {"recipe": recipe, "history": history, "best": best,
                                          "model": model.state_dict(),
                                          "optimizer": optimizer.state_dict()})
@@ -402,6 +399,11 @@ def _print_epoch(history, epochs, seconds):
     left = (epochs - len(history)) * seconds / 60
     print(f"epoch {len(history)}/{epochs}  {numbers}  {left:.0f} min left", file=sys.stderr,
           flush=True)
+
+
+def _ended(history, recipe, guard):
+    """Whether all epochs are done, or the guarded score has collapsed."""
+    return len(history) >= recipe["epochs"] or kept_epoch(history, guard) < len(history)
 
 
 def kept_epoch(history, guard):

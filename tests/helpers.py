@@ -180,6 +180,13 @@ def script(name, *flags):
     return [sys.executable, str(ROOT / name), *map(str, flags)]
 
 
+def run_code(code, **variables):
+    """A CompletedProcess of Python code in a process of its own, with these environment
+    variables."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+
+
 def quick_script(question, data, results):
     """Command line of a question's quick run on synthetic data."""
     return script(

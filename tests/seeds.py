@@ -19,7 +19,7 @@ def main():
         raise common.UserError("give two results folders or more, or let them be made: make seeds")
     runs = [accuracies_in(folder) for folder in folders]
     rows = [
-        [name, *(mean_and_deviation([run[name][key] for run in runs]) for key in conditions)]
+        [name, *(mean_and_deviation([run[name][title] for run in runs]) for title in conditions)]
         for name, conditions in runs[0].items()
     ]
     title = f"Accuracy on test in %, mean and standard deviation over {len(folders)} seeds"
@@ -27,13 +27,15 @@ def main():
 
 
 def accuracies_in(folder):
-    """What questions 3, 4 and 6 measured: dict from model to dict from condition to accuracy."""
+    """What questions 3, 4 and 6 measured: dict from model to dict from column to accuracy."""
     accuracies = {}
     for question in ("q3", "q4", "q6"):
         metrics = common.read_metrics(folder / question / "metrics.json", "make seeds")
         for name, model in metrics["models"].items():
-            accuracies[name] = {key: model["accuracy"][key] for key in common.CONDITIONS}
-            accuracies[name] |= {title: model["accuracy_l2"][key] for key, title in IN_L2.items()}
+            accuracies[name] = {
+                **{title: model["accuracy"][key] for key, title in common.CONDITIONS.items()},
+                **{title: model["accuracy_l2"][key] for key, title in IN_L2.items()},
+            }
     return accuracies
 
 

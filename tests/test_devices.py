@@ -1,8 +1,6 @@
 """What a GPU would refuse, wait for or round, shown without one."""
 
-import os
-import subprocess
-import sys
+import contextlib
 
 import common
 import helpers
@@ -182,7 +180,7 @@ def test_retrieval_is_scored_on_the_cpu(monkeypatch):
     assert seen == ["cpu", True]
 
 
-def test_what_apples_gpus_lack_is_left_to_the_cpu():
+def test_what_apples_gpus_lack_is_left_to_the_cpu(monkeypatch):
     """PyTorch reads the variable when it is imported."""
     code = (
         "import os, sys\n"
@@ -192,14 +190,9 @@ def test_what_apples_gpus_lack_is_left_to_the_cpu():
         "sys.meta_path.insert(0, Noting)\n"
         "import common"
     )
-    unset = {
-        name: value for name, value in os.environ.items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"
-    }
-    command = [sys.executable, "-c", code]
-    finished = subprocess.run(
-        command, env=unset, cwd=helpers.ROOT, capture_output=True, text=True, check=True
-    )
-    assert finished.stdout.split() == ["1"]
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK")  # importing common has set it
+    finished = helpers.run_code(code)
+    assert finished.stdout.split() == ["1"], finished.stderr
 
 
 # ---- bfloat16 and TF32 -------------------------------------------------------------------------
@@ -286,11 +279,14 @@ def test_float32_is_not_tf32_once_the_flags_are_read(monkeypatch, tmp_path):
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
-@pytest.fixture
-def refuse_waiting():
-    """A function from whose call on PyTorch raises where the processor would wait for the GPU."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
+@contextlib.contextmanager
+def no_waiting():
+    """PyTorch raises where the processor would wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
@@ -303,14 +299,13 @@ def no_tf32():
 
 @on_gpu
 @pytest.mark.parametrize("name", [name for name in PREPARATIONS if name != "attack"])
-def test_a_gpu_makes_the_training_images_of_the_cpu_without_being_waited_for(refuse_waiting, name):
+def test_a_gpu_makes_the_training_images_of_the_cpu_without_being_waited_for(name):
     images = helpers.tiny_data()["train"][0]
     images = images if name == "trivial augment" else common.as_float(images)
     expected = PREPARATIONS[name](images, torch.Generator().manual_seed(0))
     there = images.cuda()
-    refuse_waiting()
-    found = PREPARATIONS[name](there, torch.Generator().manual_seed(0))
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        found = PREPARATIONS[name](there, torch.Generator().manual_seed(0))
     most = 1 if name == "trivial augment" else 1e-5
     near = (found.cpu().double() - expected.double()).abs() <= most
     assert near.double().mean() > 0.99  # rounding may choose another pixel as the nearest
@@ -321,20 +316,25 @@ def test_a_gpu_makes_the_training_images_of_the_cpu_without_being_waited_for(ref
     "step",
     [q2_train_ce.training_step, q4_adv_train.step_on_perturbed, q4_adv_train.step_on_attacked],
 )
-def test_a_gpu_is_not_waited_for_in_training(refuse_waiting, step):
+def test_a_gpu_is_not_waited_for_in_training(step):
     precision = common.best_precision("cuda")
     model = network("cuda", precision).train()
     recipe = helpers.tiny_recipe(device="cuda", precision=precision)
     optimizer = common.optimizer_for(model, recipe)
     images, labels = (part.cuda() for part in helpers.tiny_data()["train"])
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
+
+    def train():
         loss, _ = step(model, images, labels, generator, recipe)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        refuse_waiting()  # not in the first step, which prepares the GPU
-    torch.cuda.set_sync_debug_mode("default")
+        return loss
+
+    train()  # prepares the GPU
+    with no_waiting():
+        train()
+        loss = train()
     assert loss.isfinite()
 
 

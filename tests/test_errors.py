@@ -647,8 +647,8 @@ def test_figures_need_no_backend(tmp_path):
         f"common.run(lambda: common.plot_lines({str(tmp_path / 'a.png')!r}, [0, 1], "
         "{'a': [1, 2]}, 'x', 'y'))"
     )
-    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend_inline"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    finished = helpers.run_code(code, MPLBACKEND="module://not_installed.backend_inline")
+    assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -693,9 +693,7 @@ def test_output_that_ends_early_ends_quietly(tmp_path):
 
 def test_output_in_ascii_shows_other_letters_as_well_as_it_can():
     code = "import common\ncommon.run(lambda: print('\\u03b5'))"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-c", code]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finished = helpers.run_code(code, PYTHONIOENCODING="ascii")
     assert finished.returncode == 0 and finished.stdout == "\\u03b5\n"
 
 
@@ -869,11 +867,7 @@ def test_a_map_leaves_torch_the_threads_it_had():
         "points, place = common.fit_umap(torch.rand(20, 4), 0)\n"
         "place(torch.rand(3, 4)), print(torch.get_num_threads())"
     )
-    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "3"}
-    command = [sys.executable, "-c", code]
-    finished = subprocess.run(
-        command, env={**os.environ, **threads}, cwd=helpers.ROOT, capture_output=True, text=True
-    )
+    finished = helpers.run_code(code, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="3")
     assert finished.stdout == "1\n", finished.stderr
 
 
@@ -883,5 +877,5 @@ def test_common_can_be_imported_outside_the_main_thread():
         "thread = threading.Thread(target=lambda: print(__import__('common').CLASSES[0]))\n"
         "thread.start(), thread.join()"
     )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    finished = helpers.run_code(code)
     assert (finished.stdout, finished.stderr) == ("airplane\n", "")
