@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 PER_CLASS = {"train": 1200, "val": 2400, "test": 2400}
-QUICK_PER_CLASS = {"train": 100, "val": 30, "test": 30}
+QUICK_PER_CLASS = {"train": 100, "val": 10, "test": 10}
 OFFICIAL_TRAIN_PER_CLASS = 1000
 NEAR_DUPLICATE = 0.95  # correlation of the pixels from which two images, looked at, are one picture
 

@@ -44,7 +44,7 @@ def test_a_real_run_holds(monkeypatch, capsys, cifar10, quick_run):
         "perturbed + FGM (q4)",
         "angular loss (q6)",
     ):
-        assert f"{name}: clean, 300 images" in output
+        assert f"{name}: clean, 100 images" in output
 
 
 def test_missing_questions_are_named_and_no_error(monkeypatch, capsys, cifar10, handed_in):
@@ -65,7 +65,7 @@ def test_numbers_edited_by_hand_are_caught(monkeypatch, capsys, cifar10, handed_
     edit_metrics(handed_in, question, improve)
     status, output = verified(monkeypatch, capsys, cifar10, handed_in)
     assert status == 1
-    assert f"{question}: " in output and "clean, 300 images does not hold" in output
+    assert f"{question}: " in output and "clean, 100 images does not hold" in output
 
 
 def test_a_swapped_checkpoint_is_caught(monkeypatch, capsys, cifar10, handed_in):
