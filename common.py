@@ -1417,7 +1417,8 @@ def provenance(args, question, split, parents=()):
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "torchvision": torchvision.__version__, "numpy": np.__version__}
     hardware = (torch.cuda.get_device_name() if args.device == "cuda" else
-                f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+                f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+                f"{torch.get_num_threads()} of {os.cpu_count()} processors")
     return {"question": question, "quick": args.quick, "seed": args.seed, "device": args.device,
             "hardware": hardware, "precision": args.precision, "split_sha256": split["sha256"],
             "parent_sha256": list(parents), "versions": versions, "git_commit": commit}

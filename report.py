@@ -22,6 +22,8 @@ import common
 
 QUESTIONS = ("q1", "q2", "q3", "q4", "q6")
 HERE = Path(__file__).parent
+RETRIEVAL = {"precision_at_1": "precision at 1", "r_precision": "R-precision",
+             "mean_average_precision_at_r": "mean average precision at R"}
 SOURCES = {
     "Barz & Denzler 2020": "Do we train on test data? Purging CIFAR of near-duplicates, J. Imaging",
     "de Jorge et al. 2022": "Make some noise: reliable and efficient single-step adversarial "
@@ -342,7 +344,7 @@ def angular_section(q6):
         ("text", "Figure 13 shows the training, table 6 how well neighbours are ranked, figures 14 "
                  "to 16 maps and examples."),
         ("table", "Table 6: training images as neighbours of test images.", ["measure", "test"],
-         [[name.replace("_", " "), f"{value:.4f}"] for name, value in model["retrieval"].items()]),
+         [[RETRIEVAL[name], f"{value:.4f}"] for name, value in model["retrieval"].items()]),
         ("figure", "q6/figure13_accuracy.png", "Figure 13: accuracy per epoch."),
         ("figure", "q6/figure13_loss.png", "Figure 13, continued: loss per epoch."),
         ("figure", "q6/figure14_umap.png",
