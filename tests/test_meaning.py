@@ -7,6 +7,7 @@ import common
 import helpers
 import q1_split
 import q2_train_ce
+import q3_attack
 import q4_adv_train
 import q6_angular
 
@@ -208,6 +209,23 @@ def test_all_questions_measure_on_the_test_part_and_on_its_perturbed_version(mon
     assert (model.precision, exact.precision, seed) == ("bfloat16", "float32", 5)
     assert torch.equal(images, common.as_float(test[0])) and torch.equal(labels, test[1])
     assert torch.equal(perturbed, common.perturbed_images(test[0], "test", 5))
+
+
+PARTS = {"colour jitter": "color_jitter", "rotation": "rotate", "pixels": "set_to_full"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_perturbation_alone_has_the_values_that_the_mixture_has(monkeypatch, part):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
+    images = torch.randint(256, (600, 3, 32, 32), dtype=torch.uint8)
+    labels = common.predict(model, common.as_float(images))
+    found = q3_attack.accuracy_by_part(model, images, labels, 6)
+    for function in set(PARTS.values()) - {PARTS[part]}:
+        monkeypatch.setattr(common, function, lambda images, *drawn: images)
+    changed = common.predict(model, common.perturbed_images(images, "test", 6))
+    assert found[part] == common.accuracy(changed, labels)
+    assert set(found) == set(PARTS) and len(set(found.values())) == 3
 
 
 def test_perturbed_images_are_the_same_whatever_batch_a_device_is_given(monkeypatch):
