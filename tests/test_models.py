@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import AngularLoss
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import nn
 
 
@@ -255,16 +255,46 @@ def test_the_vote_is_scikit_learns_ties_included(k):
 
 
 @pytest.mark.parametrize("offset", [0, 1000])
-def test_the_vote_is_exact_far_from_the_origin_too(offset):
+def test_neighbours_and_their_distances_are_exact_far_from_the_origin_too(offset):
     rng = torch.Generator().manual_seed(0)
-    train, queries = (offset + torch.randn(number, 8, generator=rng) for number in (500, 300))
+    train, queries = (offset + torch.randn(number, 2, generator=rng) for number in (500, 1300))
+    peer = NearestNeighbors(n_neighbors=5).fit(train.double().numpy())
+    expected, nearest = peer.kneighbors(queries.double().numpy())
+    distances, indices = common.nearest_neighbours(queries, 5, train)
+    assert indices.tolist() == nearest.tolist()
+    assert np.abs(distances.numpy() - expected).max() < 1e-3
     labels = torch.randint(0, 10, (500,), generator=rng)
-    expected = (
-        KNeighborsClassifier(5)
-        .fit(train.double().numpy(), labels.numpy())
-        .predict(queries.double().numpy())
+    votes = KNeighborsClassifier(5).fit(train.double().numpy(), labels.numpy())
+    assert (
+        common.knn_predict(train, labels, queries, 5).tolist()
+        == votes.predict(queries.double().numpy()).tolist()
     )
-    assert common.knn_predict(train, labels, queries, 5).tolist() == expected.tolist()
+
+
+def test_a_map_is_umaps_of_the_exact_neighbours_and_places_others_among_their_own(monkeypatch):
+    import umap
+
+    reducers = []
+
+    class Kept(umap.UMAP):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            reducers.append(self)
+
+    monkeypatch.setattr(umap, "UMAP", Kept)
+    torch.manual_seed(0)
+    labels = torch.arange(200) % 4
+    centres = torch.randn(4, 32)
+    train, others = (centres[labels] + 0.1 * torch.randn(200, 32) for _ in range(2))
+    points, place = common.fit_umap(train, 0)
+    peer = NearestNeighbors(n_neighbors=15, algorithm="kd_tree").fit(train.numpy())
+    distances, nearest = peer.kneighbors(train.numpy())
+    expected, *_ = umap.umap_.fuzzy_simplicial_set(
+        train.numpy(), 15, None, "euclidean", knn_indices=nearest, knn_dists=distances
+    )
+    assert abs(reducers[0].graph_ - expected).max() < 0.01
+    votes = KNeighborsClassifier(5).fit(points, labels).predict(place(others))
+    assert votes.tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("k", [0, 6])

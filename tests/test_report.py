@@ -51,8 +51,8 @@ def model(accuracy, **changes):
         "checks": {"noise": 0.8, "fgm": 0.31, "fgm_float32": 0.31, "images": 1000},
         "warnings": [],
         "recipe": RECIPE,
-        "history": [{"val_pgd": 0.2}, {"val_pgd": 0.33}],
-        "epoch_kept": 2,
+        "history": [{"val_pgd": 0.2}, {"val_pgd": 0.34}, {"val_pgd": 0.33}],
+        "epoch_kept": 3,
         "file": "model.pt",
         **changes,
     }
@@ -120,6 +120,7 @@ def test_that_the_direction_matters_is_said_only_where_noise_is_weaker(noise, sa
     "pgd, said",
     [
         (0.03, "28.0 points below FGM: that gap is what one step misses"),
+        (0.301, "0.9 points below FGM: that gap is what one step misses"),
         (0.312, "-0.2 points from FGM's, which does not show"),
         (0.35, "4.0 points more than FGM: more steps attack less well"),
     ],
@@ -159,7 +160,14 @@ def test_a_collapse_and_the_chosen_epoch_are_said():
     text = text_of(report.adversarial_section(question_4(history=history, epoch_kept=2)))
     assert "with: training collapsed in epoch 3" in text
     assert "of epoch 2, chosen on validation" in text
-    assert "without: PGD-20 accuracy on validation was 33.00 % after the last epoch" in text
+    assert "without: PGD-20 accuracy on validation was 33.00 % after the last epoch, " in text
+    assert ", 34.00 % at best" in text
+
+
+def test_a_questions_minutes_are_those_of_its_stages_and_trainings():
+    models = {"a": {"training_seconds": 60}, "b": {"training_seconds": 90}, "measured": {}}
+    assert report.minutes({"seconds": {"attack": 20, "umap": 10}, "models": models}) == 3
+    assert report.minutes({"seconds": {"split": 30}}) == 0.5
 
 
 def question_2(per_class, confidence=0.85, fitted=0.9):
@@ -185,7 +193,7 @@ def test_reasons_are_given_where_the_numbers_bear_them():
     for fitted, said in (0.9, True), (0.853, False), (0.7, False):
         text = text_of(report.training_section(question_2(equal, fitted=fitted)))
         assert ("Zhang et al. 2017" in text) == said
-    for confidence, words in (0.9, "5.0 points too high"), (0.8, "5.0 points too low"):
+    for confidence, words in (0.9, "are 5.0 points too high"), (0.8, "are 5.0 points too low"):
         assert words in text_of(report.training_section(question_2(equal, confidence)))
     assert "right on average" in text_of(report.training_section(question_2(equal, 0.855)))
 
