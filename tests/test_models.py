@@ -258,17 +258,14 @@ def test_the_vote_is_scikit_learns_ties_included(k):
 def test_neighbours_and_their_distances_are_exact_far_from_the_origin_too(offset):
     rng = torch.Generator().manual_seed(0)
     train, queries = (offset + torch.randn(number, 2, generator=rng) for number in (500, 1300))
-    peer = NearestNeighbors(n_neighbors=5).fit(train.double().numpy())
+    labels = torch.randint(0, 10, (500,), generator=rng)
+    peer = KNeighborsClassifier(5).fit(train.double().numpy(), labels.numpy())
     expected, nearest = peer.kneighbors(queries.double().numpy())
     distances, indices = common.nearest_neighbours(queries, 5, train)
     assert indices.tolist() == nearest.tolist()
     assert np.abs(distances.numpy() - expected).max() < 1e-3
-    labels = torch.randint(0, 10, (500,), generator=rng)
-    votes = KNeighborsClassifier(5).fit(train.double().numpy(), labels.numpy())
-    assert (
-        common.knn_predict(train, labels, queries, 5).tolist()
-        == votes.predict(queries.double().numpy()).tolist()
-    )
+    votes = peer.predict(queries.double().numpy())
+    assert common.knn_predict(train, labels, queries, 5).tolist() == votes.tolist()
 
 
 def test_a_map_is_umaps_of_the_exact_neighbours_and_places_others_among_their_own(monkeypatch):
