@@ -74,6 +74,7 @@ def load_cifar10(root):
     """
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_url
+
     folder, batches = Path(root) / CIFAR10.base_folder, []
     try:
         if not folder.exists():
@@ -85,14 +86,18 @@ def load_cifar10(root):
         for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list]:
             content = (folder / name).read_bytes()
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-                raise UserError(f"{folder / name} is damaged (wrong MD5); delete {folder} and run "
-                                "again to fetch it anew, or give --data a good copy")
+                raise UserError(
+                    f"{folder / name} is damaged (wrong MD5); delete {folder} and run "
+                    "again to fetch it anew, or give --data a good copy"
+                )
             batches.append(pickle.loads(content, encoding="latin1"))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"CIFAR-10 is not in {root} and cannot be fetched, or cannot be read "
-                        f"({error}); connect to the network, put {CIFAR10.filename} from any "
-                        f"mirror into {root}, or give --data the folder that holds "
-                        f"{CIFAR10.base_folder}, complete") from error
+        raise UserError(
+            f"CIFAR-10 is not in {root} and cannot be fetched, or cannot be read "
+            f"({error}); connect to the network, put {CIFAR10.filename} from any "
+            f"mirror into {root}, or give --data the folder that holds "
+            f"{CIFAR10.base_folder}, complete"
+        ) from error
     images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches]))
     labels = torch.tensor([label for batch in batches for label in batch["labels"]])
     return images.view(-1, 3, 32, 32), labels
@@ -109,13 +114,19 @@ def load_split(path, made_by="python q1_split.py"):
         parts = {name: arrays[name] for name in ("train", "val", "test")}
         how = {name: arrays[name].item() for name in ("protocol", "seed", "quick")}
         indices = np.concatenate(list(parts.values()))
-        if not (all(part.dtype == np.int64 and len(part) for part in parts.values())
-                and indices.ndim == 1 and indices.min() >= 0 and indices.max() < NUM_IMAGES
-                and len(np.unique(indices)) == len(indices)
-                and [type(value) for value in how.values()] == [str, int, bool]):
+        if not (
+            all(part.dtype == np.int64 and len(part) for part in parts.values())
+            and indices.ndim == 1
+            and indices.min() >= 0
+            and indices.max() < NUM_IMAGES
+            and len(np.unique(indices)) == len(indices)
+            and [type(value) for value in how.values()] == [str, int, bool]
+        ):
             raise ValueError("no split into disjoint parts of CIFAR-10")
-    digest = sha256(*(part.tobytes() for part in parts.values()),
-                    "{protocol} {seed} {quick}".format(**how).encode())
+    digest = sha256(
+        *(part.tobytes() for part in parts.values()),
+        "{protocol} {seed} {quick}".format(**how).encode(),
+    )
     tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
     return {**tensors, **how, "sha256": digest}
 
@@ -133,8 +144,10 @@ def load_data(args):
         raise UserError(f"{path} was made {made}; run this script so, or first: {made_by}")
     images, labels = load_cifar10(args.data)
     print(f"{args.purpose} ({args.device}, {args.precision}; {one_line(args.results)})", flush=True)
-    return split, {name: (images[split[name]].to(args.device), labels[split[name]].to(args.device))
-                   for name in ("train", "val", "test")}
+    return split, {
+        name: (images[split[name]].to(args.device), labels[split[name]].to(args.device))
+        for name in ("train", "val", "test")
+    }
 
 
 def as_float(images):
@@ -207,11 +220,14 @@ class Conv3x3(nn.Conv2d):
         if maps.device.type != "cpu" or side > (2 * stride if self.training else stride):
             return super().forward(maps)
         if side <= stride:
-            met = self.weight[:, :, 1:1 + side, 1:1 + side]
+            met = self.weight[:, :, 1 : 1 + side, 1 : 1 + side]
             return F.linear(maps.flatten(1), met.flatten(1), self.bias)[:, :, None, None]
         padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # N x H x W x C, as in memory
-        taps = [padded[:, top:top + side:stride, left:left + side:stride]
-                for top in range(3) for left in range(3)]
+        taps = [
+            padded[:, top : top + side : stride, left : left + side : stride]
+            for top in range(3)
+            for left in range(3)
+        ]
         weights = self.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(torch.cat(taps, dim=3), weights, self.bias).permute(0, 3, 1, 2)
 
@@ -225,6 +241,7 @@ def resnet18(num_outputs, stem):
     convolution of stride 2 and no max-pool (16 x 16, a quarter of the work of "cifar").
     """
     from torchvision.models import resnet18 as torchvision_resnet18
+
     backbone = torchvision_resnet18()
     backbone.fc = nn.Identity()
     if stem != "imagenet":
@@ -237,8 +254,15 @@ def resnet18(num_outputs, stem):
         for block in (block for stage in small for block in getattr(backbone, stage)):
             for name in ("conv1", "conv2"):
                 conv = getattr(block, name)
-                fast = Conv3x3(conv.in_channels, conv.out_channels, 3, conv.stride, padding=1,
-                               bias=False, device="meta")  # where it draws no random numbers
+                fast = Conv3x3(
+                    conv.in_channels,
+                    conv.out_channels,
+                    3,
+                    conv.stride,
+                    padding=1,
+                    bias=False,
+                    device="meta",
+                )  # where it draws no random numbers
                 fast.weight = conv.weight
                 setattr(block, name, fast)
     return Network(backbone, num_outputs).to(memory_format=torch.channels_last)
@@ -251,6 +275,7 @@ def frozen(model, precision="float32"):
     precision "bfloat16" is twice as fast where the processor has instructions for it.
     """
     from torch.nn.utils.fusion import fuse_conv_bn_eval
+
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(model.modules()):
         children = list(module.named_children())
@@ -298,8 +323,10 @@ def backbone_features(model, images):
 def validation_scores(model, images, labels):
     """Loss and accuracy of a `frozen` classifier, to be noted after an epoch: dict of floats."""
     logits = in_batches(model, images)
-    return {"val_loss": F.cross_entropy(logits, labels).item(),
-            "val_accuracy": accuracy(logits.argmax(1), labels)}
+    return {
+        "val_loss": F.cross_entropy(logits, labels).item(),
+        "val_accuracy": accuracy(logits.argmax(1), labels),
+    }
 
 
 # ---- Question 2: training -----------------------------------------------------------------------
@@ -341,8 +368,10 @@ def shuffled_batches(labels, batch_size, generator):
     Raises UserError for a batch of one, which batch-norm cannot use, or of more than all images.
     """
     if not 2 <= batch_size <= len(labels):
-        raise UserError(f"--batch-size {batch_size}: give one from 2 to {len(labels)}, "
-                        "the number of training images")
+        raise UserError(
+            f"--batch-size {batch_size}: give one from 2 to {len(labels)}, "
+            "the number of training images"
+        )
     batches = torch.randperm(len(labels), generator=generator).split(batch_size)
     return [batch for batch in batches if len(batch) == batch_size]
 
@@ -373,16 +402,27 @@ def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False,
             epoch, started = len(history), time.perf_counter()
             losses, share = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
             seconds = time.perf_counter() - started
-            scores = {"loss": losses.mean().item(), "accuracy": share, "seconds": seconds,
-                      **evaluate(model)}
+            scores = {
+                "loss": losses.mean().item(),
+                "accuracy": share,
+                "seconds": seconds,
+                **evaluate(model),
+            }
             _refuse_infinite(losses, scores, epoch, recipe)
             history.append(scores)
             if guard and scores[guard] == max(epoch[guard] for epoch in history):
                 best = copy.deepcopy(model.state_dict())
             if _ended(history, recipe, guard) or time.perf_counter() - written >= STATE_EVERY:
-                write_torch(state_file, {"recipe": recipe, "history": history, "best": best,
-                                         "model": model.state_dict(),
-                                         "optimizer": optimizer.state_dict()})
+                write_torch(
+                    state_file,
+                    {
+                        "recipe": recipe,
+                        "history": history,
+                        "best": best,
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                    },
+                )
                 written = time.perf_counter()
             _print_epoch(history, recipe["epochs"], time.perf_counter() - started)
     kept = kept_epoch(history, guard)
@@ -397,8 +437,11 @@ def _print_epoch(history, epochs, seconds):
     """A line with the last epoch's numbers, and how long the others take if they take as long."""
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
     left = (epochs - len(history)) * seconds / 60
-    print(f"epoch {len(history)}/{epochs}  {numbers}  {left:.0f} min left", file=sys.stderr,
-          flush=True)
+    print(
+        f"epoch {len(history)}/{epochs}  {numbers}  {left:.0f} min left",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _ended(history, recipe, guard):
@@ -443,8 +486,10 @@ def optimizer_for(model, recipe):
     """SGD with Nesterov momentum, or AdamW; only weights decay, batch-norms and biases do not."""
     weights = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": recipe["weight_decay"]},
-              {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": weights, "weight_decay": recipe["weight_decay"]},
+        {"params": others, "weight_decay": 0.0},
+    ]
     fused, momentum = recipe["device"] != "mps", recipe["momentum"]
     if recipe["optimizer"] == "adamw":
         return torch.optim.AdamW(groups, recipe["lr"], betas=(momentum, 0.999), fused=fused)
@@ -457,13 +502,21 @@ def one_cycle(progress, warmup):
 
 
 def _refuse_infinite(losses, scores, epoch, recipe):
-    wrong = [f"the loss became {loss} in epoch {epoch + 1}, step {step}"
-             for step, loss in enumerate(losses.tolist(), start=1) if not abs(loss) < ABSURD]
-    wrong += [f"{name} became {value} at the end of epoch {epoch + 1}"
-              for name, value in scores.items() if not abs(value) < ABSURD]
+    wrong = [
+        f"the loss became {loss} in epoch {epoch + 1}, step {step}"
+        for step, loss in enumerate(losses.tolist(), start=1)
+        if not abs(loss) < ABSURD
+    ]
+    wrong += [
+        f"{name} became {value} at the end of epoch {epoch + 1}"
+        for name, value in scores.items()
+        if not abs(value) < ABSURD
+    ]
     if wrong:
-        raise UserError(f"{wrong[0]}; lower the peak learning rate, now {recipe['lr']:g}, "
-                        "and start over with --fresh")
+        raise UserError(
+            f"{wrong[0]}; lower the peak learning rate, now {recipe['lr']:g}, "
+            "and start over with --fresh"
+        )
 
 
 def _resume(state_file, model, optimizer, recipe):
@@ -473,11 +526,16 @@ def _resume(state_file, model, optimizer, recipe):
     with opened(state_file, "the same command with --fresh") as content:
         state = load_torch(content)
         before = state["recipe"]
-        changed = [f"{key} {before.get(key)!r}, now {recipe.get(key)!r}"
-                   for key in sorted({*before, *recipe}) if before.get(key) != recipe.get(key)]
+        changed = [
+            f"{key} {before.get(key)!r}, now {recipe.get(key)!r}"
+            for key in sorted({*before, *recipe})
+            if before.get(key) != recipe.get(key)
+        ]
         if changed:
-            raise UserError(f"{state_file} was made with other settings ({'; '.join(changed)}); "
-                            "use those again, or start over with --fresh")
+            raise UserError(
+                f"{state_file} was made with other settings ({'; '.join(changed)}); "
+                "use those again, or start over with --fresh"
+            )
         refuse_unlike(state["model"], model.state_dict())
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -513,8 +571,13 @@ def fit_umap(features, seed):
     search, array = _ExactSearch(features), features.cpu().numpy()
     indices, distances = search.query(array, UMAP_NEIGHBOURS)
     indices[:, 0], distances[:, 0] = np.arange(len(features)), 0  # also where features are equal
-    reducer = UMAP(n_neighbors=UMAP_NEIGHBOURS, min_dist=0.1, random_state=seed, n_jobs=1,
-                   precomputed_knn=(indices, distances, search))
+    reducer = UMAP(
+        n_neighbors=UMAP_NEIGHBOURS,
+        min_dist=0.1,
+        random_state=seed,
+        n_jobs=1,
+        precomputed_knn=(indices, distances, search),
+    )
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the search is none of its own
@@ -540,10 +603,12 @@ class _ExactSearch:
 def _let_numba_cache():
     """Let UMAP's compiler keep what takes longest, in a temporary folder if there is no other."""
     import importlib.util
+
     places = Path(importlib.util.find_spec("umap").origin).parent, Path.home()
     if not any(os.access(place, os.W_OK) for place in places):
         os.environ.setdefault("NUMBA_CACHE_DIR", tempfile.mkdtemp(prefix="numba-"))
     from umap import umap_
+
     for function in (umap_.smooth_knn_dist, umap_.compute_membership_strengths):
         function.enable_caching()
 
@@ -558,6 +623,7 @@ def save_figure(figure, path):
 def plot_lines(path, x, lines, xlabel, ylabel):
     """Lines over a common x. lines: dict from label to as many numbers as x has."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     for label, values in lines.items():
@@ -581,13 +647,22 @@ def plot_maps(path, panels, limits_of):
     panels: dict from title to (points N x 2, labels); limits_of: points M x 2, the training map.
     """
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.5 * len(panels), 6))
     low, high = limits_of.min(0), limits_of.max(0)
     (left, bottom), (right, top) = low - 0.08 * (high - low), high + 0.08 * (high - low)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, (points, labels)) in zip(grid, panels.items(), strict=True):
-        drawn = axes.scatter(*points.T, c=labels.cpu(), cmap="tab10", vmin=-0.5, vmax=9.5, s=2,
-                             alpha=0.5, linewidths=0)
+        drawn = axes.scatter(
+            *points.T,
+            c=labels.cpu(),
+            cmap="tab10",
+            vmin=-0.5,
+            vmax=9.5,
+            s=2,
+            alpha=0.5,
+            linewidths=0,
+        )
         axes.set(title=title, xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
     handles, _ = drawn.legend_elements(num=range(10))
     figure.legend(handles, CLASSES, loc="outside lower center", ncols=5)
@@ -617,8 +692,12 @@ def draw_perturbation(number, pixels_per_image, generator):
     (factors, order) for color_jitter, angles for rotate, (channels, pixels) for set_to_full.
     """
     low = {name: -size if name == "hue" else 1 - size for name, size in JITTER.items()}
-    factors = {name: torch.empty(number).uniform_(low[name], low[name] + 2 * JITTER[name],
-                                                  generator=generator) for name in JITTER}
+    factors = {
+        name: torch.empty(number).uniform_(
+            low[name], low[name] + 2 * JITTER[name], generator=generator
+        )
+        for name in JITTER
+    }
     order = torch.rand(number, 4, generator=generator).argsort(1)
     angles = torch.empty(number).uniform_(-MAX_ROTATION, MAX_ROTATION, generator=generator)
     pixels = torch.rand(number, pixels_per_image, generator=generator).topk(NUM_PIXELS).indices
@@ -662,8 +741,10 @@ def adjust_color(name, images, factor):
         chroma = value - low
         divisor = torch.where(chroma == 0, 1.0, chroma)
         sector = torch.where(
-            value == red, (green - blue) / divisor,
-            torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor))
+            value == red,
+            (green - blue) / divisor,
+            torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+        )
         k = torch.cat([5 + sector, 3 + sector, 1 + sector], dim=1) + 6 * factor
         k -= 6 * (k / 6).floor()  # k % 6, which takes several times as long
         return (value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)).clamp_(0, 1)
@@ -736,8 +817,17 @@ def pgd(model, images, labels, eps, step_size, steps, norm="linf", loss=summed_c
     return attack(model, images, labels, eps, step_size, steps, norm, loss)[0]
 
 
-def attack(model, images, labels, eps, step_size, steps, norm="linf", loss=summed_cross_entropy,
-           decide=None):
+def attack(
+    model,
+    images,
+    labels,
+    eps,
+    step_size,
+    steps,
+    norm="linf",
+    loss=summed_cross_entropy,
+    decide=None,
+):
     """PGD, of which FGM is one step of length eps: adversarial images, and who was fooled when.
 
     With `decide`, an image is attacked no further once it is misclassified, as in AutoAttack (Croce
@@ -796,8 +886,12 @@ def _l2_norm(images):
 
 def under_fgm(function, model, images, labels, loss=summed_cross_entropy):
     """`function` of the images under L-infinity FGM at EPSILON, batch by batch to spare memory."""
-    return torch.cat([function(fgm(model, batch, target, EPSILON["linf"], loss=loss))
-                      for batch, target in _matching_batches(images, labels)])
+    return torch.cat(
+        [
+            function(fgm(model, batch, target, EPSILON["linf"], loss=loss))
+            for batch, target in _matching_batches(images, labels)
+        ]
+    )
 
 
 def _matching_batches(*tensors):
@@ -816,8 +910,16 @@ CURVE_EPSILONS = [size / 255 for size in (2, 4, 8, 12, 16)]
 STRONGEST_IMAGES = 2_000  # which are attacked on more than one loss
 
 
-def robustness(model, exact, images, perturbed, labels, seed,
-               losses=(summed_cross_entropy, summed_margin), decide=most_likely):
+def robustness(
+    model,
+    exact,
+    images,
+    perturbed,
+    labels,
+    seed,
+    losses=(summed_cross_entropy, summed_margin),
+    decide=most_likely,
+):
     """A model's accuracy under every test condition, each attack at EPSILON of its norm.
 
     model and exact: the network, `frozen` in the precision to measure in and, to check that, in
@@ -829,26 +931,44 @@ def robustness(model, exact, images, perturbed, labels, seed,
     attacks, loss = list(EPSILON.items()), losses[0]
     clean, fgm, fgm_l2 = fgm_accuracies(model, images, labels, attacks, loss, decide)
     shifted, both, both_l2 = fgm_accuracies(model, perturbed, labels, attacks, loss, decide)
-    by_step = pgd_accuracy_by_step(model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS,
-                                   loss, decide)
-    strongest = strongest_accuracy(model, images[:STRONGEST_IMAGES], labels[:STRONGEST_IMAGES],
-                                   losses, decide)
-    values = {"clean": clean, "perturbed": shifted, "fgm": fgm, "perturbed_fgm": both,
-              "pgd": by_step[-1], "strongest": strongest}
+    by_step = pgd_accuracy_by_step(
+        model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS, loss, decide
+    )
+    strongest = strongest_accuracy(
+        model, images[:STRONGEST_IMAGES], labels[:STRONGEST_IMAGES], losses, decide
+    )
+    values = {
+        "clean": clean,
+        "perturbed": shifted,
+        "fgm": fgm,
+        "perturbed_fgm": both,
+        "pgd": by_step[-1],
+        "strongest": strongest,
+    }
     checks, warnings = attack_checks(model, exact, images, labels, values, seed, loss, decide)
     by_eps = accuracy_by_epsilon(model, images, labels, loss, decide)
-    return {"accuracy": values, "accuracy_l2": {"fgm": fgm_l2, "perturbed_fgm": both_l2},
-            "strongest_images": min(STRONGEST_IMAGES, len(images)), "pgd_by_step": by_step,
-            "by_eps": by_eps, "checks": checks, "warnings": warnings}
+    return {
+        "accuracy": values,
+        "accuracy_l2": {"fgm": fgm_l2, "perturbed_fgm": both_l2},
+        "strongest_images": min(STRONGEST_IMAGES, len(images)),
+        "pgd_by_step": by_step,
+        "by_eps": by_eps,
+        "checks": checks,
+        "warnings": warnings,
+    }
 
 
-def measured_on_test(network, test, args, losses=(summed_cross_entropy, summed_margin),
-                     decide=most_likely):
+def measured_on_test(
+    network, test, args, losses=(summed_cross_entropy, summed_margin), decide=most_likely
+):
     """`robustness` of a Network on the test part: uint8 images and labels."""
     images, perturbed = as_float(test[0]), perturbed_images(test[0], "test", args.seed)
     model, exact = (frozen(network, precision) for precision in (args.precision, "float32"))
-    print(f"Attacks on {len(images)} images: at most "
-          f"{minutes_of_attacks(model, images, test[1], losses[0]):.0f} min", flush=True)
+    print(
+        f"Attacks on {len(images)} images: at most "
+        f"{minutes_of_attacks(model, images, test[1], losses[0]):.0f} min",
+        flush=True,
+    )
     return robustness(model, exact, images, perturbed, test[1], args.seed, losses, decide)
 
 
@@ -882,8 +1002,9 @@ def fgm_accuracies(model, images, labels, attacks, loss=summed_cross_entropy, de
     return [count.item() / len(images) for count in correct]
 
 
-def pgd_accuracy_by_step(model, images, labels, eps, step_size, steps, loss=summed_cross_entropy,
-                         decide=most_likely):
+def pgd_accuracy_by_step(
+    model, images, labels, eps, step_size, steps, loss=summed_cross_entropy, decide=most_likely
+):
     """Share of images that no L-infinity PGD step has fooled after 0, 1, ..., `steps`: a list."""
     _, fooled_after = attack(model, images, labels, eps, step_size, steps, "linf", loss, decide)
     return [(fooled_after > step).sum().item() / len(images) for step in range(steps + 1)]
@@ -899,10 +1020,16 @@ def accuracy_by_epsilon(model, images, labels, loss, decide):
     attacks = [("linf", eps) for eps in CURVE_EPSILONS]
     fgm = fgm_accuracies(model, images, labels, attacks, loss, decide)
     share = PGD_STEP_SIZE / EPSILON["linf"]
-    pgd = [pgd_accuracy_by_step(model, images, labels, eps, share * eps, PGD_STEPS, loss, decide)
-           for eps in CURVE_EPSILONS]
-    return {"eps": [0, *CURVE_EPSILONS], "fgm": fgm, "pgd": [fgm[0], *(by[-1] for by in pgd)],
-            "images": len(images)}
+    pgd = [
+        pgd_accuracy_by_step(model, images, labels, eps, share * eps, PGD_STEPS, loss, decide)
+        for eps in CURVE_EPSILONS
+    ]
+    return {
+        "eps": [0, *CURVE_EPSILONS],
+        "fgm": fgm,
+        "pgd": [fgm[0], *(by[-1] for by in pgd)],
+        "images": len(images),
+    }
 
 
 def strongest_accuracy(model, images, labels, losses, decide):
@@ -913,8 +1040,9 @@ def strongest_accuracy(model, images, labels, losses, decide):
     """
     number = len(images)
     for loss in losses:
-        _, fooled_after = attack(model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS,
-                                 "linf", loss, decide)
+        _, fooled_after = attack(
+            model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS, "linf", loss, decide
+        )
         images, labels = images[fooled_after > PGD_STEPS], labels[fooled_after > PGD_STEPS]
     return len(images) / number
 
@@ -931,25 +1059,44 @@ def attack_checks(model, exact, images, labels, values, seed, loss, decide):
     noise = accuracy(decide(in_batches(model, noisy)), labels)
     unbounded = pgd_accuracy_by_step(model, images, labels, 1.0, 0.1, PGD_STEPS, loss, decide)[-1]
     linf = [("linf", EPSILON["linf"])]
-    measured, in_float32 = (fgm_accuracies(network, images, labels, linf, loss, decide)[1]
-                            for network in (model, exact))
+    measured, in_float32 = (
+        fgm_accuracies(network, images, labels, linf, loss, decide)[1] for network in (model, exact)
+    )
     fgm, pgd = values["fgm"], values["pgd"]
     signs = [
-        (pgd > fgm, f"PGD ({percent(pgd)}) is no stronger than FGM ({percent(fgm)}): "
-                    "the gradients may be masked."),
-        (fgm - pgd > 0.1 and fgm > 0.5 * values["clean"],
-         f"FGM ({percent(fgm)}) is far weaker than PGD ({percent(pgd)}): its accuracy says little "
-         "about robustness (catastrophic overfitting looks like this)."),
-        (noise <= measured, f"Random noise (accuracy {percent(noise)}) hurts as much as FGM "
-                            f"({percent(measured)}) on the same images."),
-        (unbounded > 1 / len(CLASSES), f"Accuracy is {percent(unbounded)} under PGD with eps = 1, "
-                                       "where none should be above chance."),
-        (measured - in_float32 > 0.01,
-         f"FGM leaves {percent(measured)}, but {percent(in_float32)} with gradients in float32: "
-         "rounding weakens the attack; measure again with --precision float32."),
+        (
+            pgd > fgm,
+            f"PGD ({percent(pgd)}) is no stronger than FGM ({percent(fgm)}): "
+            "the gradients may be masked.",
+        ),
+        (
+            fgm - pgd > 0.1 and fgm > 0.5 * values["clean"],
+            f"FGM ({percent(fgm)}) is far weaker than PGD ({percent(pgd)}): its accuracy says little "
+            "about robustness (catastrophic overfitting looks like this).",
+        ),
+        (
+            noise <= measured,
+            f"Random noise (accuracy {percent(noise)}) hurts as much as FGM "
+            f"({percent(measured)}) on the same images.",
+        ),
+        (
+            unbounded > 1 / len(CLASSES),
+            f"Accuracy is {percent(unbounded)} under PGD with eps = 1, "
+            "where none should be above chance.",
+        ),
+        (
+            measured - in_float32 > 0.01,
+            f"FGM leaves {percent(measured)}, but {percent(in_float32)} with gradients in float32: "
+            "rounding weakens the attack; measure again with --precision float32.",
+        ),
     ]
-    checks = {"noise": noise, "pgd_eps_1": unbounded, "fgm": measured, "fgm_float32": in_float32,
-              "images": len(images)}
+    checks = {
+        "noise": noise,
+        "pgd_eps_1": unbounded,
+        "fgm": measured,
+        "fgm_float32": in_float32,
+        "images": len(images),
+    }
     return checks, [sentence for suspicious, sentence in signs if suspicious]
 
 
@@ -959,15 +1106,18 @@ def random_noise(images, eps, generator):
     return (images + eps * (2.0 * send(signs, images.device) - 1)).clamp(0, 1)
 
 
-def plot_examples(path, model, images, perturbed, labels, loss=summed_cross_entropy,
-                  decide=most_likely):
+def plot_examples(
+    path, model, images, perturbed, labels, loss=summed_cross_entropy, decide=most_likely
+):
     """A column per image: original, perturbed, under FGM at EPSILON, both, and FGM's change.
 
     model: `frozen`. Above each image stands its predicted class, green when right, red when wrong.
     """
     from matplotlib.figure import Figure
-    attacked, both = (fgm(model, given, labels, EPSILON["linf"], loss=loss)
-                      for given in (images, perturbed))
+
+    attacked, both = (
+        fgm(model, given, labels, EPSILON["linf"], loss=loss) for given in (images, perturbed)
+    )
     rows = {"original": images, "perturbed": perturbed, "FGM": attacked, "perturbed\n+ FGM": both}
     predictions = {title: decide(in_batches(model, row)) for title, row in rows.items()}
     rows["FGM's change\n(16 times)"] = (0.5 + 16 * (attacked - images)).clamp(0, 1)
@@ -980,8 +1130,11 @@ def plot_examples(path, model, images, perturbed, labels, loss=summed_cross_entr
             axes.set(xticks=[], yticks=[])
             if title in predictions:
                 predicted, true = int(predictions[title][column]), int(labels[column])
-                axes.set_title(CLASSES[predicted], fontsize=8,
-                               color="tab:green" if predicted == true else "tab:red")
+                axes.set_title(
+                    CLASSES[predicted],
+                    fontsize=8,
+                    color="tab:green" if predicted == true else "tab:red",
+                )
     save_figure(figure, path)
 
 
@@ -1043,16 +1196,22 @@ def run(main):
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; close what else uses it (nvidia-smi lists that), "
-              "or give --device cpu", file=sys.stderr)
+        print(
+            "error: the GPU's memory is full; close what else uses it (nvidia-smi lists that), "
+            "or give --device cpu",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         again = shlex.join(["python", *(word for word in sys.argv if word != "--fresh")])
-        print("\nInterrupted. Training is kept but for its last seconds; go on with:",
-              one_line(again), file=sys.stderr)
+        print(
+            "\nInterrupted. Training is kept but for its last seconds; go on with:",
+            one_line(again),
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -1063,7 +1222,7 @@ def one_line(text, limit=800):
     """Text that may hold anything as one line that a terminal can show."""
     words = " ".join(str(text).split())
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
-    return shown if len(shown) <= limit else f"{shown[: limit // 2]} ... {shown[-limit // 2:]}"
+    return shown if len(shown) <= limit else f"{shown[: limit // 2]} ... {shown[-limit // 2 :]}"
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -1073,7 +1232,8 @@ class _OneLineParser(argparse.ArgumentParser):
 
 RECIPE_HELP = {
     "epochs": "passes over the training images (by stem, below)",
-    "batch_size": "images per step", "lr": "peak learning rate",
+    "batch_size": "images per step",
+    "lr": "peak learning rate",
     "lr_perturbed": "that of the model trained without FGM",
     "noise": "before the FGM step in training, in epsilons; more where val_pgd collapses",
     "trivial_augment": "change colour or geometry of every training image at random",
@@ -1086,30 +1246,58 @@ def argument_parser(docstring, recipes=None):
     recipes: for a script that trains, a dict from stem to a dict of settings, each of which gets a
     flag to override it.
     """
+
     def folder(text):
         return Path(os.path.expanduser(text))  # in `--data=~/cifar` the shell leaves ~ as it is
 
-    parser = _OneLineParser(description=docstring, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _OneLineParser(
+        description=docstring,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(purpose=" ".join(docstring.split("\n\n")[0].split()))
     add = parser.add_argument
-    add("--data", type=folder, default=Path("data"),
-        help="folder that holds cifar-10-batches-py; fetched if absent (data)")
-    add("--results", type=folder,
-        help="folder for everything written (results, or results-quick with --quick)")
+    add(
+        "--data",
+        type=folder,
+        default=Path("data"),
+        help="folder that holds cifar-10-batches-py; fetched if absent (data)",
+    )
+    add(
+        "--results",
+        type=folder,
+        help="folder for everything written (results, or results-quick with --quick)",
+    )
     add("--seed", type=between(int, 0, 2**31 - 1), default=0, help="seed of all random numbers (0)")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-        help="where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs (auto: the best there is)")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of the backbone: float32 is IEEE's, not TF32 (auto: bfloat16 where it is fast)")
-    add("--quick", action="store_true",
-        help="tiny subset, few epochs: shows that everything works, its numbers mean nothing")
+    add(
+        "--device",
+        choices=("auto", "cuda", "mps", "cpu"),
+        default="auto",
+        help="where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs (auto: the best there is)",
+    )
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the backbone: float32 is IEEE's, not TF32 (auto: bfloat16 where it is fast)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="tiny subset, few epochs: shows that everything works, its numbers mean nothing",
+    )
     if recipes:
         add("--fresh", action="store_true", help="start over instead of going on where it ended")
         for name, value in recipes["stride2"].items():
-            kind = ({"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else
-                    {"type": between(int, 1, 10**6) if isinstance(value, int) else
-                     between(float, 1e-9, 1e9)})
+            kind = (
+                {"action": argparse.BooleanOptionalAction}
+                if isinstance(value, bool)
+                else {
+                    "type": between(int, 1, 10**6)
+                    if isinstance(value, int)
+                    else between(float, 1e-9, 1e9)
+                }
+            )
             add("--" + name.replace("_", "-"), **kind, help=RECIPE_HELP[name])
         rows = [[stem, *map(str, recipe.values())] for stem, recipe in recipes.items()]
         table = table_lines(["stem", *recipes["stride2"]], rows)
@@ -1126,8 +1314,12 @@ def parse_arguments(parser):
     torch.backends.fp32_precision = "ieee"  # not TF32, to which cuDNN rounds of its own accord
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch 2.9 does not derive it
     args.results = args.results or Path("results-quick" if args.quick else "results")
-    present = {"cuda": args.device in ("auto", "cuda") and _cuda_works(),
-               "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    present = {
+        "cuda": args.device in ("auto", "cuda") and _cuda_works(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+        "auto": True,
+    }
     if not present[args.device]:
         raise UserError(f"--device {args.device}: PyTorch can use none here; give --device auto")
     if args.device == "auto":
@@ -1158,12 +1350,14 @@ def require_room(folder, number_of_bytes):
             probe.write(bytes(number_of_bytes))
             probe.flush()
     except OSError as error:
-        raise UserError(f"cannot write {number_of_bytes / 1e6:.0f} MB in {folder}: "
-                        f"{error.strerror}; make room or give another --results") from error
+        raise UserError(
+            f"cannot write {number_of_bytes / 1e6:.0f} MB in {folder}: "
+            f"{error.strerror}; make room or give another --results"
+        ) from error
 
 
 def best_precision(device):
-    """"bfloat16" where there are instructions for it, else "float32"."""
+    """ "bfloat16" where there are instructions for it, else "float32"."""
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -1181,26 +1375,43 @@ def choose_recipe(args, recipes, stem, question, split, **constants):
     """
     row = {**recipes[stem], **({"epochs": 2} if args.quick else {})}
     flags = {name: getattr(args, name) for name in row if getattr(args, name, None) is not None}
-    return {"question": question, "stem": stem, **OPTIMIZER, **row, **flags, **constants,
-            "seed": args.seed, "precision": args.precision, "device": args.device,
-            "split_sha256": split["sha256"], "torch": str(torch.__version__)}
+    return {
+        "question": question,
+        "stem": stem,
+        **OPTIMIZER,
+        **row,
+        **flags,
+        **constants,
+        "seed": args.seed,
+        "precision": args.precision,
+        "device": args.device,
+        "split_sha256": split["sha256"],
+        "torch": str(torch.__version__),
+    }
 
 
 def between(kind, low, high):
     """An argparse type: an int or a float from low to high."""
+
     def parse(text):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
         whole = "whole " if kind is int else ""
         raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
+
     return parse
 
 
 def script_command(question, args):
     """The command line that makes a question's results with these flags, for error messages."""
-    script = {"q1": "q1_split.py", "q2": "q2_train_ce.py", "q3": "q3_attack.py",
-              "q4": "q4_adv_train.py", "q6": "q6_angular.py"}[question]
+    script = {
+        "q1": "q1_split.py",
+        "q2": "q2_train_ce.py",
+        "q3": "q3_attack.py",
+        "q4": "q4_adv_train.py",
+        "q6": "q6_angular.py",
+    }[question]
     data = [] if args.data == Path("data") else ["--data", str(args.data)]
     seed = ["--seed", str(args.seed)] if args.seed and question != "q1" else []
     quick = ["--quick"] if args.quick else []
@@ -1212,6 +1423,7 @@ def with_bar(batches, title):
     if not sys.stderr.isatty():
         return batches
     from tqdm import tqdm
+
     return tqdm(batches, desc=title, leave=False, delay=2)
 
 
@@ -1237,8 +1449,10 @@ def write_file(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or give another "
-                        "--results, then run the same command again") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room or give another "
+            "--results, then run the same command again"
+        ) from error
     with contextlib.suppress(OSError):  # some systems cannot, and need not, flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -1271,8 +1485,9 @@ def opened(path, made_by):
         raise
     except Exception as error:  # numpy and torch raise dozens of kinds for damaged files
         reason = one_line(f"{type(error).__name__}: {error}", 200)
-        raise UserError(f"{path} is damaged or not ours ({reason}); make it again with: "
-                        f"{made_by}") from error
+        raise UserError(
+            f"{path} is damaged or not ours ({reason}); make it again with: {made_by}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -1284,13 +1499,15 @@ def only_one(folder):
     with contextlib.ExitStack() as held:
         try:
             import fcntl
+
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder, os.O_RDONLY)
             held.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is training in {folder}; wait for it, "
-                            "or give another --results") from error
+            raise UserError(
+                f"another process is training in {folder}; wait for it, or give another --results"
+            ) from error
         except (ImportError, OSError):
             pass
         yield
@@ -1336,8 +1553,15 @@ def save_checkpoint(path, model, *, stem, provenance):
     provenance: dict of plain values as `provenance()` returns it. Returns the file's SHA-256.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    return write_torch(path, {"stem": stem, "num_outputs": model.head.out_features,
-                              "provenance": provenance, "weights": weights})
+    return write_torch(
+        path,
+        {
+            "stem": stem,
+            "num_outputs": model.head.out_features,
+            "provenance": provenance,
+            "weights": weights,
+        },
+    )
 
 
 def save_trained(folder, name, model, history, recipe, origin, guard=None):
@@ -1346,11 +1570,18 @@ def save_trained(folder, name, model, history, recipe, origin, guard=None):
     The numbers of an older model go first, so that they never stand beside the new one's curves.
     """
     (folder / "metrics.json").unlink(missing_ok=True)
-    digest = save_checkpoint(folder / f"{name}.pt", model, stem=recipe["stem"],
-                             provenance={**origin, "recipe": recipe})
+    digest = save_checkpoint(
+        folder / f"{name}.pt", model, stem=recipe["stem"], provenance={**origin, "recipe": recipe}
+    )
     seconds = round(sum(epoch["seconds"] for epoch in history), 2)
-    return {"file": f"{name}.pt", "sha256": digest, "recipe": recipe, "history": history,
-            "epoch_kept": kept_epoch(history, guard), "training_seconds": seconds}
+    return {
+        "file": f"{name}.pt",
+        "sha256": digest,
+        "recipe": recipe,
+        "history": history,
+        "epoch_kept": kept_epoch(history, guard),
+        "training_seconds": seconds,
+    }
 
 
 def read_checkpoint(path, made_by="the script of its question", split=None):
@@ -1369,8 +1600,10 @@ def read_checkpoint(path, made_by="the script of its question", split=None):
         model.load_state_dict(checkpoint["weights"])
         origin, digest = dict(checkpoint["provenance"]), sha256(content.getbuffer())
         if split and origin.get("split_sha256") != split["sha256"]:
-            raise UserError(f"{path} was trained on another split, so test images may be among its "
-                            f"training images; make the right one with: {made_by}")
+            raise UserError(
+                f"{path} was trained on another split, so test images may be among its "
+                f"training images; make the right one with: {made_by}"
+            )
     return {"model": model, "stem": checkpoint["stem"], "provenance": origin, "sha256": digest}
 
 
@@ -1388,8 +1621,9 @@ def require_model(args, split):
     checkpoint = read_checkpoint(path, made_by, split)
     question = checkpoint["provenance"].get("question")
     if question != "q2":
-        raise UserError(f"{path} belongs to question {question}; make the right one with: "
-                        f"{made_by}")
+        raise UserError(
+            f"{path} belongs to question {question}; make the right one with: {made_by}"
+        )
     checkpoint["model"].to(args.device)
     return checkpoint
 
@@ -1409,19 +1643,36 @@ def timed(seconds, stage):
 def provenance(args, question, split, parents=()):
     """What an artefact was made from, parents (SHA-256 of checkpoints) included: plain values."""
     import torchvision
+
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "torchvision": torchvision.__version__, "numpy": np.__version__}
-    hardware = (torch.cuda.get_device_name() if args.device == "cuda" else
-                f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-                f"{torch.get_num_threads()} of {os.cpu_count()} processors")
-    return {"question": question, "quick": args.quick, "seed": args.seed, "device": args.device,
-            "hardware": hardware, "precision": args.precision, "split_sha256": split["sha256"],
-            "parent_sha256": list(parents), "versions": versions, "git_commit": commit}
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+    hardware = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+    )
+    return {
+        "question": question,
+        "quick": args.quick,
+        "seed": args.seed,
+        "device": args.device,
+        "hardware": hardware,
+        "precision": args.precision,
+        "split_sha256": split["sha256"],
+        "parent_sha256": list(parents),
+        "versions": versions,
+        "git_commit": commit,
+    }
 
 
 def write_metrics(folder, origin, metrics):
@@ -1442,6 +1693,7 @@ def _peak_memory_mib():
     """The most main memory that this process has held; None on Windows, which does not tell."""
     with contextlib.suppress(ImportError):
         import resource
+
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
@@ -1455,8 +1707,11 @@ def read_metrics(path, made_by):
 def metrics_found(args, questions):
     """The metrics of those of the questions that have been run: dict from question to metrics."""
     paths = {question: args.results / question / "metrics.json" for question in questions}
-    return {question: read_metrics(path, script_command(question, args))
-            for question, path in paths.items() if path.exists()}
+    return {
+        question: read_metrics(path, script_command(question, args))
+        for question, path in paths.items()
+        if path.exists()
+    }
 
 
 def measured_before(args, split):
@@ -1482,8 +1737,14 @@ def measured_before(args, split):
 
 # ---- Tables -------------------------------------------------------------------------------------
 
-CONDITIONS = {"clean": "clean", "perturbed": "perturbed", "fgm": "FGM",
-              "perturbed_fgm": "perturbed + FGM", "pgd": "PGD-20", "strongest": "strongest"}
+CONDITIONS = {
+    "clean": "clean",
+    "perturbed": "perturbed",
+    "fgm": "FGM",
+    "perturbed_fgm": "perturbed + FGM",
+    "pgd": "PGD-20",
+    "strongest": "strongest",
+}
 
 
 def percent(share):
@@ -1526,5 +1787,7 @@ def table_lines(header, rows):
     header, *rows = [[one_line(cell, 100) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = (header, ["-" * width for width in widths], *rows)
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]

@@ -15,10 +15,10 @@ Run     python q1_split.py
 
 import io
 
-import common
-
 import numpy as np
 import torch
+
+import common
 
 PER_CLASS = {"train": 1200, "val": 2400, "test": 2400}
 QUICK_PER_CLASS = {"train": 100, "val": 10, "test": 10}
@@ -28,8 +28,12 @@ NEAR_DUPLICATE = 0.95  # correlation of the pixels from which two images, looked
 
 def main():
     parser = common.argument_parser(__doc__)
-    parser.add_argument("--protocol", choices=("pooled", "official"), default="pooled",
-                        help="pooled: of all images; official: CIFAR-10's own test file (pooled)")
+    parser.add_argument(
+        "--protocol",
+        choices=("pooled", "official"),
+        default="pooled",
+        help="pooled: of all images; official: CIFAR-10's own test file (pooled)",
+    )
     args = common.parse_arguments(parser)
     folder, seconds = args.results / "q1", {}
 
@@ -37,23 +41,37 @@ def main():
         images, labels = common.load_cifar10(args.data)
     with common.timed(seconds, "split"):
         parts = draw_split(labels.numpy(), args.protocol, args.seed, args.quick)
-        save_split(folder / "split.npz", **parts,
-                   protocol=args.protocol, seed=args.seed, quick=args.quick)
+        save_split(
+            folder / "split.npz", **parts, protocol=args.protocol, seed=args.seed, quick=args.quick
+        )
     split = common.load_split(folder / "split.npz")
     counts = {name: torch.bincount(labels[split[name]], minlength=10).tolist() for name in parts}
     plot_label_counts(folder / "figure01_train_labels.png", {"train": counts["train"]})
-    plot_label_counts(folder / "figure02_held_out_labels.png",
-                      {"validation": counts["val"], "test": counts["test"]})
+    plot_label_counts(
+        folder / "figure02_held_out_labels.png",
+        {"validation": counts["val"], "test": counts["test"]},
+    )
     with common.timed(seconds, "duplicates"):
         images = images.to(args.device)
         exact, near = count_duplicates(images[split["train"]], images[split["test"]])
 
-    common.write_metrics(folder, common.provenance(args, "q1", split), {
-        "protocol": split["protocol"], "counts": counts,
-        "n_train": len(split["train"]), "n_val": len(split["val"]), "n_test": len(split["test"]),
-        "test_images_with_duplicate_in_train": {"exact": exact, "near": near,
-                                                "near_means_correlation_from": NEAR_DUPLICATE},
-        "seconds": seconds})
+    common.write_metrics(
+        folder,
+        common.provenance(args, "q1", split),
+        {
+            "protocol": split["protocol"],
+            "counts": counts,
+            "n_train": len(split["train"]),
+            "n_val": len(split["val"]),
+            "n_test": len(split["test"]),
+            "test_images_with_duplicate_in_train": {
+                "exact": exact,
+                "near": near,
+                "near_means_correlation_from": NEAR_DUPLICATE,
+            },
+            "seconds": seconds,
+        },
+    )
     print_split(counts, exact, near)
 
 
@@ -93,12 +111,14 @@ def count_duplicates(train, test):
     one.
 
     train, test: uint8 N x 3 x 32 x 32. The correlation of the pixels ignores brightness and
-    contrast. """
+    contrast."""
     equal = {image.numpy().tobytes() for image in train.cpu()}
     exact = sum(image.numpy().tobytes() in equal for image in test.cpu())
     train = standardised(train)
-    near = sum(int(((standardised(batch) @ train.T).amax(1) >= NEAR_DUPLICATE).sum())
-               for batch in test.split(1000))
+    near = sum(
+        int(((standardised(batch) @ train.T).amax(1) >= NEAR_DUPLICATE).sum())
+        for batch in test.split(1000)
+    )
     return exact, near
 
 
@@ -114,9 +134,12 @@ def print_split(counts, exact, near):
     common.print_table(
         "Question 1: images per part and class",
         ["part", "images", "fewest of a class", "most of a class"],
-        [[part, *(str(of(count)) for of in (sum, min, max))] for part, count in counts.items()])
-    print(f"Test images with a duplicate in train: {exact} exact, {near} near "
-          f"(correlation of at least {NEAR_DUPLICATE})")
+        [[part, *(str(of(count)) for of in (sum, min, max))] for part, count in counts.items()],
+    )
+    print(
+        f"Test images with a duplicate in train: {exact} exact, {near} near "
+        f"(correlation of at least {NEAR_DUPLICATE})"
+    )
 
 
 def plot_label_counts(path, counts):
@@ -128,8 +151,9 @@ def plot_label_counts(path, counts):
     width = 0.8 / len(counts)
     for position, (name, values) in enumerate(counts.items()):
         centres = np.arange(10) + (position - (len(counts) - 1) / 2) * width
-        axes.bar_label(axes.bar(centres, values, width, label=name), fontsize=7, rotation=90,
-                       padding=2)
+        axes.bar_label(
+            axes.bar(centres, values, width, label=name), fontsize=7, rotation=90, padding=2
+        )
     axes.set_xticks(range(10), common.CLASSES, rotation=30, ha="right")
     axes.set_ylabel("images")
     axes.margins(y=0.35)

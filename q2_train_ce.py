@@ -12,11 +12,11 @@ Writes  results/q2: model.pt, figure03 to figure06, confusion and reliability fi
 Run     python q2_train_ce.py
 """
 
-import common
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import common
 
 RECIPES = {  # searched on validation: docs/recipes.md
     # For processors without bfloat16, as in most laptops; the recipe is that of stride2.
@@ -36,16 +36,31 @@ CALIBRATION_BINS = 15  # as in Guo et al. 2017
 
 def main():
     parser = common.argument_parser(__doc__, RECIPES)
-    parser.add_argument("--stem", choices=("auto", *common.STEMS), default="auto",
-                        help="first layer of the network (auto: cifar on a CUDA GPU, else stride2)")
-    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
-                        help="adamw: as in the original report, with batch size and rate for it")
+    parser.add_argument(
+        "--stem",
+        choices=("auto", *common.STEMS),
+        default="auto",
+        help="first layer of the network (auto: cifar on a CUDA GPU, else stride2)",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=("sgd", "adamw"),
+        default="sgd",
+        help="adamw: as in the original report, with batch size and rate for it",
+    )
     args = common.parse_arguments(parser)
     folder, seconds = args.results / "q2", {}
     split, data = common.load_data(args)
     origin = common.provenance(args, "q2", split)
-    recipe = common.choose_recipe(args, recipes_with(args.optimizer), choose_stem(args), "q2",
-                                  split, label_smoothing=LABEL_SMOOTHING, cutout=CUTOUT)
+    recipe = common.choose_recipe(
+        args,
+        recipes_with(args.optimizer),
+        choose_stem(args),
+        "q2",
+        split,
+        label_smoothing=LABEL_SMOOTHING,
+        cutout=CUTOUT,
+    )
 
     model, history = train_classifier(data, recipe, folder / "training.pt", args.fresh)
     made = common.save_trained(folder, "model", model, history, recipe, origin)
@@ -58,16 +73,24 @@ def main():
         map_sha256 = draw_maps(folder, trained, data, args.seed)
 
     found = {**made, **scores, "accuracy": {"clean": scores["test"]["accuracy"]}}
-    common.write_metrics(folder, origin, {
-        "models": {common.CROSS_ENTROPY: found}, "n_test": len(data["test"][1]),
-        "umap_sha256": map_sha256, "seconds": seconds})
+    common.write_metrics(
+        folder,
+        origin,
+        {
+            "models": {common.CROSS_ENTROPY: found},
+            "n_test": len(data["test"][1]),
+            "umap_sha256": map_sha256,
+            "seconds": seconds,
+        },
+    )
     print_scores(scores, data)
 
 
 def recipes_with(optimizer):
     """RECIPES, or for "adamw" the same with what that optimiser needs."""
-    return {stem: {**row, **(ADAMW if optimizer == "adamw" else {})}
-            for stem, row in RECIPES.items()}
+    return {
+        stem: {**row, **(ADAMW if optimizer == "adamw" else {})} for stem, row in RECIPES.items()
+    }
 
 
 def choose_stem(args):
@@ -92,8 +115,16 @@ def train_classifier(data, recipe, state_file, fresh):
 
     torch.manual_seed(recipe["seed"])
     model = common.resnet18(len(common.CLASSES), recipe["stem"]).to(recipe["device"])
-    history = common.train(model, data["train"], training_step, common.shuffled_batches, evaluate,
-                           recipe, state_file, fresh)
+    history = common.train(
+        model,
+        data["train"],
+        training_step,
+        common.shuffled_batches,
+        evaluate,
+        recipe,
+        state_file,
+        fresh,
+    )
     return model, history
 
 
@@ -116,15 +147,24 @@ OPERATIONS = {  # of TrivialAugment: torchvision's strengths, and whether their 
     **dict.fromkeys(GEOMETRY[:2], (torch.linspace(0, 0.99, LEVELS), True)),
     **dict.fromkeys(GEOMETRY[2:4], (torch.linspace(0, 32, LEVELS).trunc(), True)),  # pixels
     "Rotate": (torch.linspace(0, 135, LEVELS), True),  # degrees
-    **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"),
-                    (torch.linspace(0, 0.99, LEVELS), True)),
+    **dict.fromkeys(
+        ("Brightness", "Color", "Contrast", "Sharpness"), (torch.linspace(0, 0.99, LEVELS), True)
+    ),
     "Posterize": ((8 - torch.arange(LEVELS) / 5).round(), False),  # bits that are kept
     "Solarize": (torch.linspace(1, 0, LEVELS), False),  # value from which on it is inverted
     **dict.fromkeys(("AutoContrast", "Equalize", "Identity"), (torch.zeros(LEVELS), False)),
 }
-STRENGTHS = torch.stack([torch.stack([-strength if signed and negative else strength
-                                      for strength, signed in OPERATIONS.values()])
-                         for negative in (False, True)])  # by sign, operation and level
+STRENGTHS = torch.stack(
+    [
+        torch.stack(
+            [
+                -strength if signed and negative else strength
+                for strength, signed in OPERATIONS.values()
+            ]
+        )
+        for negative in (False, True)
+    ]
+)  # by sign, operation and level
 FILL = (255 * torch.tensor(common.CIFAR10_MEAN)).round().view(1, 3, 1, 1)
 
 
@@ -135,18 +175,30 @@ def trivial_augment(images, generator):
     change of geometry leaves empty takes CIFAR-10's mean colour. Draws from the CPU generator, and
     changes all images of an operation at once.
     """
-    operation, level, sign = (torch.randint(high, (len(images),), generator=generator)
-                              for high in (len(OPERATIONS), LEVELS, 2))
+    operation, level, sign = (
+        torch.randint(high, (len(images),), generator=generator)
+        for high in (len(OPERATIONS), LEVELS, 2)
+    )
     operation, order = operation.sort()
     strength = STRENGTHS[sign, operation, level]
     rows = images.flatten(1)  # a quarter of the time: whole images are copied
     values = rows.index_select(0, common.send(order, images.device)).view_as(images).float()
     numbers = torch.bincount(operation, minlength=len(OPERATIONS)).tolist()
-    numbers = [sum(numbers[: len(GEOMETRY)]), *numbers[len(GEOMETRY):]]
-    names = ["geometry", *list(OPERATIONS)[len(GEOMETRY):]]
-    changed = [change(name, *group) for name, group in
-               zip(names, zip(values.split(numbers), operation.split(numbers),
-                              strength.split(numbers), strict=True), strict=True)]
+    numbers = [sum(numbers[: len(GEOMETRY)]), *numbers[len(GEOMETRY) :]]
+    names = ["geometry", *list(OPERATIONS)[len(GEOMETRY) :]]
+    changed = [
+        change(name, *group)
+        for name, group in zip(
+            names,
+            zip(
+                values.split(numbers),
+                operation.split(numbers),
+                strength.split(numbers),
+                strict=True,
+            ),
+            strict=True,
+        )
+    ]
     back = common.send(order.argsort(), images.device)
     rows = torch.cat(changed).clamp_(0, 255).to(torch.uint8).flatten(1)
     return rows.index_select(0, back).view_as(images)
@@ -187,15 +239,24 @@ def displaced(values, operation, strength):
     shear_x, shear_y, shift_x, shift_y, degrees = amounts
     cosine, sine = degrees.deg2rad().cos(), degrees.deg2rad().sin()
     # Where the pixel at (x, y), in half images from the centre, comes from: rows of a matrix.
-    rows = torch.stack([cosine, shear_x - sine, shear_x - 2 * shift_x / width,
-                        shear_y + sine, cosine, shear_y - 2 * shift_y / height])
+    rows = torch.stack(
+        [
+            cosine,
+            shear_x - sine,
+            shear_x - 2 * shift_x / width,
+            shear_y + sine,
+            cosine,
+            shear_y - 2 * shift_y / height,
+        ]
+    )
     a, b, c, d, e, f = common.send(rows.view(6, -1, 1, 1), values.device)
     x = (2 * torch.arange(width, device=values.device) + 1).view(1, 1, -1) / width - 1
     y = (2 * torch.arange(height, device=values.device) + 1).view(1, -1, 1) / height - 1
     grid = torch.stack([a * x + (b * y + c), d * x + (e * y + f)], dim=3)
     fill = common.send(FILL, values.device)
-    moved = F.grid_sample(values - fill, grid, mode="nearest", padding_mode="zeros",
-                          align_corners=False)
+    moved = F.grid_sample(
+        values - fill, grid, mode="nearest", padding_mode="zeros", align_corners=False
+    )
     return moved + fill
 
 
@@ -270,19 +331,29 @@ def print_scores(scores, data):
     common.print_table(
         "Question 2: ResNet-18 with cross-entropy",
         ["part", "images", "accuracy", "calibration error (ECE)"],
-        [[part, str(len(data[part][1])), common.percent(score["accuracy"]),
-          common.percent(score["ece"])] for part, score in scores.items()])
+        [
+            [
+                part,
+                str(len(data[part][1])),
+                common.percent(score["accuracy"]),
+                common.percent(score["ece"]),
+            ]
+            for part, score in scores.items()
+        ],
+    )
 
 
 def reliability(confidence, correct):
     """Calibration by equally wide bins of confidence (Guo et al. 2017).
 
     confidence float N in [0, 1], correct bool N. Returns an array of CALIBRATION_BINS rows: share
-    of the images in the bin, their mean confidence, their accuracy; zeros for an empty bin. """
+    of the images in the bin, their mean confidence, their accuracy; zeros for an empty bin."""
     number = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
     counts = torch.bincount(number, minlength=CALIBRATION_BINS).double()
-    means = [torch.bincount(number, values.double(), CALIBRATION_BINS) / counts.clamp_min(1)
-             for values in (confidence, correct)]
+    means = [
+        torch.bincount(number, values.double(), CALIBRATION_BINS) / counts.clamp_min(1)
+        for values in (confidence, correct)
+    ]
     return torch.stack([counts / len(number), *means], dim=1).numpy()
 
 
@@ -297,11 +368,18 @@ def expected_calibration_error(bins):
 
 def draw_curves(folder, history):
     """Figures 3 and 4: accuracy and loss per epoch."""
-    common.plot_history(folder / "figure03_accuracy.png", history,
-                        {"accuracy": "train (augmented)", "val_accuracy": "validation"}, "accuracy")
-    common.plot_history(folder / "figure04_loss.png", history,
-                        {"loss": "train (augmented, smoothed labels)", "val_loss": "validation"},
-                        "cross-entropy")
+    common.plot_history(
+        folder / "figure03_accuracy.png",
+        history,
+        {"accuracy": "train (augmented)", "val_accuracy": "validation"},
+        "accuracy",
+    )
+    common.plot_history(
+        folder / "figure04_loss.png",
+        history,
+        {"loss": "train (augmented, smoothed labels)", "val_loss": "validation"},
+        "cross-entropy",
+    )
 
 
 def draw_scores(folder, scores):
@@ -314,13 +392,19 @@ def draw_scores(folder, scores):
 
 def draw_maps(folder, model, data, seed):
     """Figures 5 and 6: UMAP fitted on train, and test in that map. Returns the map's SHA-256."""
-    train, test = (common.backbone_features(model, common.as_float(data[part][0]))
-                   for part in ("train", "test"))
+    train, test = (
+        common.backbone_features(model, common.as_float(data[part][0]))
+        for part in ("train", "test")
+    )
     points, place = common.fit_umap(train, seed)
-    common.plot_maps(folder / "figure05_umap_train.png",
-                     {"train": (points, data["train"][1])}, points)
-    common.plot_maps(folder / "figure06_umap_test.png",
-                     {"test, in the map of train": (place(test), data["test"][1])}, points)
+    common.plot_maps(
+        folder / "figure05_umap_train.png", {"train": (points, data["train"][1])}, points
+    )
+    common.plot_maps(
+        folder / "figure06_umap_test.png",
+        {"test, in the map of train": (place(test), data["test"][1])},
+        points,
+    )
     return common.sha256(points.tobytes())
 
 
@@ -332,19 +416,29 @@ def plot_reliability(path, bins):
     axes = figure.subplots()
     share, _, accuracy = bins.T
     centres = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
-    axes.bar(centres, accuracy, 0.9 / CALIBRATION_BINS, color="tab:blue", alpha=0.8,
-             label="accuracy in the bin")
+    axes.bar(
+        centres,
+        accuracy,
+        0.9 / CALIBRATION_BINS,
+        color="tab:blue",
+        alpha=0.8,
+        label="accuracy in the bin",
+    )
     axes.plot([0, 1], [0, 1], "k--", label="perfect calibration")
     axes.plot(centres, share, "o-", color="tab:orange", label="share of images")
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1),
-             title=f"ECE {common.percent(expected_calibration_error(bins))}")
+    axes.set(
+        xlabel="confidence",
+        ylabel="accuracy",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        title=f"ECE {common.percent(expected_calibration_error(bins))}",
+    )
     axes.legend()
     common.save_figure(figure, path)
 
 
 def plot_confusion(path, confusion):
-    """Confusion matrix (int 10 x 10, rows are the true classes) with counts and class accuracies.
-    """
+    """Confusion matrix (int 10 x 10, rows are the true classes) with counts and class accuracies."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6))
@@ -352,12 +446,21 @@ def plot_confusion(path, confusion):
     axes.imshow(confusion, cmap="Blues")
     for true, predicted in np.ndindex(confusion.shape):
         dark = confusion[true, predicted] > confusion.max() / 2
-        axes.text(predicted, true, confusion[true, predicted], ha="center", va="center", fontsize=7,
-                  color="white" if dark else "black")
+        axes.text(
+            predicted,
+            true,
+            confusion[true, predicted],
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if dark else "black",
+        )
     axes.set_xticks(range(10), common.CLASSES, rotation=45, ha="right")
     shares = 100 * confusion.diagonal() / confusion.sum(1).clip(1)
-    axes.set_yticks(range(10), [f"{name} {share:.1f} %" for name, share in
-                                zip(common.CLASSES, shares, strict=True)])
+    axes.set_yticks(
+        range(10),
+        [f"{name} {share:.1f} %" for name, share in zip(common.CLASSES, shares, strict=True)],
+    )
     axes.set(xlabel="predicted", ylabel="true class and its accuracy")
     common.save_figure(figure, path)
 

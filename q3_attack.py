@@ -28,8 +28,13 @@ def main():
     images, labels = common.as_float(data["test"][0]), data["test"][1]
     perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
 
-    common.plot_examples(folder / "figure07_examples.png", model,
-                         images[:EXAMPLES], perturbed[:EXAMPLES], labels[:EXAMPLES])
+    common.plot_examples(
+        folder / "figure07_examples.png",
+        model,
+        images[:EXAMPLES],
+        perturbed[:EXAMPLES],
+        labels[:EXAMPLES],
+    )
     with common.timed(seconds, "attack"):
         measured = common.measured_on_test(checkpoint["model"], data["test"], args)
         by_part = accuracy_by_part(model, *data["test"], args.seed)
@@ -38,12 +43,22 @@ def main():
         map_sha256 = draw_maps(folder, model, data, images, perturbed, args.seed)
 
     models = {common.CROSS_ENTROPY: {**measured, "by_part": by_part, "stem": checkpoint["stem"]}}
-    common.write_metrics(folder, origin, {
-        "models": models, "n_test": len(labels), "epsilon": common.EPSILON,
-        "umap_sha256": map_sha256, "seconds": seconds})
+    common.write_metrics(
+        folder,
+        origin,
+        {
+            "models": models,
+            "n_test": len(labels),
+            "epsilon": common.EPSILON,
+            "umap_sha256": map_sha256,
+            "seconds": seconds,
+        },
+    )
     common.print_conditions("Question 3: the model of question 2 on unseen images", models)
-    print("Under each part of the perturbation alone: " + ", ".join(
-        f"{part} {common.percent(share)}" for part, share in by_part.items()))
+    print(
+        "Under each part of the perturbation alone: "
+        + ", ".join(f"{part} {common.percent(share)}" for part, share in by_part.items())
+    )
 
 
 def accuracy_by_part(model, images, labels, seed):
@@ -57,9 +72,11 @@ def accuracy_by_part(model, images, labels, seed):
     for batch, target in zip(images.split(size), labels.split(size), strict=True):
         batch = common.as_float(batch)
         jitter, angles, full = common.draw_perturbation(len(batch), batch[0, 0].numel(), generator)
-        parts = {"colour jitter": common.color_jitter(batch, *jitter),
-                 "rotation": common.rotate(batch, angles),
-                 "pixels": common.set_to_full(batch, *full)}
+        parts = {
+            "colour jitter": common.color_jitter(batch, *jitter),
+            "rotation": common.rotate(batch, angles),
+            "pixels": common.set_to_full(batch, *full),
+        }
         for part, changed in parts.items():
             right[part] += (common.predict(model, changed) == target).sum()
     return {part: number.item() / len(labels) for part, number in right.items()}
@@ -67,11 +84,16 @@ def accuracy_by_part(model, images, labels, seed):
 
 def draw_curves(folder, by_eps, by_step):
     """Accuracy under FGM and PGD over epsilon, and under PGD over the number of steps."""
-    common.plot_lines(folder / "by_epsilon.png", [255 * eps for eps in by_eps["eps"]],
-                      {"FGM": by_eps["fgm"], "PGD-20": by_eps["pgd"]},
-                      "epsilon (L-infinity) in 1/255", "accuracy")
-    common.plot_lines(folder / "pgd_by_step.png", range(len(by_step)), {"PGD": by_step},
-                      "PGD steps", "accuracy")
+    common.plot_lines(
+        folder / "by_epsilon.png",
+        [255 * eps for eps in by_eps["eps"]],
+        {"FGM": by_eps["fgm"], "PGD-20": by_eps["pgd"]},
+        "epsilon (L-infinity) in 1/255",
+        "accuracy",
+    )
+    common.plot_lines(
+        folder / "pgd_by_step.png", range(len(by_step)), {"PGD": by_step}, "PGD steps", "accuracy"
+    )
 
 
 def draw_maps(folder, model, data, images, perturbed, seed):
@@ -84,9 +106,14 @@ def draw_maps(folder, model, data, images, perturbed, seed):
     shifted = common.backbone_features(model, perturbed)
     attacked = common.under_fgm(model.features, model, images, labels)
     points, place = common.fit_umap(train, seed)
-    common.plot_maps(folder / "figure08_umap.png", {
-        "perturbed test": (place(shifted), labels),
-        "test under FGM, eps = 8/255": (place(attacked), labels)}, points)
+    common.plot_maps(
+        folder / "figure08_umap.png",
+        {
+            "perturbed test": (place(shifted), labels),
+            "test under FGM, eps = 8/255": (place(attacked), labels),
+        },
+        points,
+    )
     return common.sha256(points.tobytes())
 
 

@@ -21,9 +21,9 @@ Run     python q4_adv_train.py
 
 import copy
 
-import common
-
 import torch
+
+import common
 
 RECIPES = {  # searched on validation: docs/recipes.md. Both models share all but rate and noise.
     # lr: of the model trained with FGM; lr_perturbed: of the one without; noise: in epsilons
@@ -39,24 +39,38 @@ GUARD = "val_pgd"  # accuracy on them, at whose collapse training stops
 
 def main():
     parser = common.argument_parser(__doc__, RECIPES)
-    parser.add_argument("--init", choices=("q2", "scratch"), default="q2",
-                        help="first weights: those of question 2's model or random ones (q2)")
+    parser.add_argument(
+        "--init",
+        choices=("q2", "scratch"),
+        default="q2",
+        help="first weights: those of question 2's model or random ones (q2)",
+    )
     args = common.parse_arguments(parser)
     folder, seconds = args.results / "q4", {}
     split, data = common.load_data(args)
     earlier = common.measured_before(args, split)
     first, stem, parents = first_model(args, split)
     origin = {**common.provenance(args, "q4", split, parents), "init": args.init}
-    recipe = common.choose_recipe(args, RECIPES, stem, "q4", split, label_smoothing=LABEL_SMOOTHING,
-                                  eps=common.EPSILON["linf"], first_weights=parents)
+    recipe = common.choose_recipe(
+        args,
+        RECIPES,
+        stem,
+        "q4",
+        split,
+        label_smoothing=LABEL_SMOOTHING,
+        eps=common.EPSILON["linf"],
+        first_weights=parents,
+    )
 
     networks, models = {}, {}
     for title, (name, step, own_recipe) in variants(recipe).items():
         networks[title] = copy.deepcopy(first)
-        history = train_variant(networks[title], step, data, own_recipe,
-                                folder / f"training_{name}.pt", args.fresh)
-        models[title] = common.save_trained(folder, name, networks[title], history, own_recipe,
-                                            origin, GUARD)
+        history = train_variant(
+            networks[title], step, data, own_recipe, folder / f"training_{name}.pt", args.fresh
+        )
+        models[title] = common.save_trained(
+            folder, name, networks[title], history, own_recipe, origin, GUARD
+        )
         draw_curves(folder, name, history)
     for title, (name, *_) in variants(recipe).items():
         with common.timed(seconds, f"attack {name}"):
@@ -64,11 +78,19 @@ def main():
         with common.timed(seconds, f"umap {name}"):
             draw_maps(folder, name, common.frozen(networks[title], args.precision), data, args.seed)
 
-    common.write_metrics(folder, origin, {
-        "models": models, "n_test": len(data["test"][1]), "epsilon": common.EPSILON,
-        "seconds": seconds})
-    common.print_conditions("Question 4: accuracy on test, compared with questions 2 and 3",
-                            {**earlier, **models})
+    common.write_metrics(
+        folder,
+        origin,
+        {
+            "models": models,
+            "n_test": len(data["test"][1]),
+            "epsilon": common.EPSILON,
+            "seconds": seconds,
+        },
+    )
+    common.print_conditions(
+        "Question 4: accuracy on test, compared with questions 2 and 3", {**earlier, **models}
+    )
 
 
 def first_model(args, split):
@@ -94,8 +116,10 @@ def variants(recipe):
     shared = {key: value for key, value in recipe.items() if key not in own}
     without = {**shared, "lr": recipe["lr_perturbed"]}
     with_fgm = {**shared, "lr": recipe["lr"], "noise": recipe["noise"], "eps": recipe["eps"]}
-    return {"perturbed (q4)": ("perturbed", step_on_perturbed, without),
-            "perturbed + FGM (q4)": ("perturbed_fgm_trained", step_on_attacked, with_fgm)}
+    return {
+        "perturbed (q4)": ("perturbed", step_on_perturbed, without),
+        "perturbed + FGM (q4)": ("perturbed_fgm_trained", step_on_attacked, with_fgm),
+    }
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -113,13 +137,27 @@ def train_variant(model, step, data, recipe, state_file, fresh):
 
     def evaluate(model):
         model = common.frozen(model, recipe["precision"])
-        pgd = common.pgd_accuracy_by_step(model, images[:PGD_IMAGES], labels[:PGD_IMAGES],
-                                          common.EPSILON["linf"], common.PGD_STEP_SIZE,
-                                          common.PGD_STEPS)[-1]
+        pgd = common.pgd_accuracy_by_step(
+            model,
+            images[:PGD_IMAGES],
+            labels[:PGD_IMAGES],
+            common.EPSILON["linf"],
+            common.PGD_STEP_SIZE,
+            common.PGD_STEPS,
+        )[-1]
         return {**common.validation_scores(model, images, labels), GUARD: pgd}
 
-    return common.train(model, data["train"], step, common.shuffled_batches, evaluate, recipe,
-                        state_file, fresh, GUARD)
+    return common.train(
+        model,
+        data["train"],
+        step,
+        common.shuffled_batches,
+        evaluate,
+        recipe,
+        state_file,
+        fresh,
+        GUARD,
+    )
 
 
 def step_on_perturbed(model, images, labels, generator, recipe):
@@ -143,7 +181,7 @@ def n_fgsm(model, images, labels, eps, noise, generator):
     """Images under N-FGSM (de Jorge et al. 2022, algorithm 1).
 
     Noise uniform within `noise` times eps, one FGM step of eps from there; neither is projected
-    back. """
+    back."""
     start = torch.empty(images.shape).uniform_(-noise * eps, noise * eps, generator=generator)
     noisy = (images + common.send(start, images.device)).clamp(0, 1)
     _, gradient = common.input_gradient(model, noisy, labels)
@@ -157,25 +195,43 @@ def draw_curves(folder, name, history):
     """Figures 9 and 10: accuracy, with PGD-20's, and loss per epoch."""
     kept = common.kept_epoch(history, GUARD)
     xlabel = "epoch" if kept == len(history) else f"epoch; the weights are those of epoch {kept}"
-    common.plot_history(folder / f"figure09_accuracy_{name}.png", history,
-                        {"accuracy": "train, as trained on", "val_accuracy": "perturbed validation",
-                         GUARD: "perturbed validation, PGD-20"}, "accuracy", xlabel)
-    common.plot_history(folder / f"figure10_loss_{name}.png", history,
-                        {"loss": "train, as trained on", "val_loss": "perturbed validation"},
-                        "cross-entropy", xlabel)
+    common.plot_history(
+        folder / f"figure09_accuracy_{name}.png",
+        history,
+        {
+            "accuracy": "train, as trained on",
+            "val_accuracy": "perturbed validation",
+            GUARD: "perturbed validation, PGD-20",
+        },
+        "accuracy",
+        xlabel,
+    )
+    common.plot_history(
+        folder / f"figure10_loss_{name}.png",
+        history,
+        {"loss": "train, as trained on", "val_loss": "perturbed validation"},
+        "cross-entropy",
+        xlabel,
+    )
 
 
 def draw_maps(folder, name, model, data, seed):
     """Figures 11 and 12: UMAP fitted on perturbed train, and perturbed test in that map."""
     train, test = (
         common.backbone_features(model, common.perturbed_images(data[part][0], part, seed))
-        for part in ("train", "test"))
+        for part in ("train", "test")
+    )
     points, place = common.fit_umap(train, seed)
-    common.plot_maps(folder / f"figure11_umap_train_{name}.png",
-                     {"perturbed train": (points, data["train"][1])}, points)
-    common.plot_maps(folder / f"figure12_umap_test_{name}.png",
-                     {"perturbed test, in the map of train": (place(test), data["test"][1])},
-                     points)
+    common.plot_maps(
+        folder / f"figure11_umap_train_{name}.png",
+        {"perturbed train": (points, data["train"][1])},
+        points,
+    )
+    common.plot_maps(
+        folder / f"figure12_umap_test_{name}.png",
+        {"perturbed test, in the map of train": (place(test), data["test"][1])},
+        points,
+    )
 
 
 if __name__ == "__main__":

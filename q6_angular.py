@@ -27,11 +27,11 @@ Run     python q6_angular.py
 import sys
 from pathlib import Path
 
-import common
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import common
 
 RECIPES = {  # searched on validation, from question 2's weights: docs/recipes.md
     # From random weights 0.3 is the best (tests/angular_alone.py); from ImageNet's none was tried.
@@ -52,28 +52,43 @@ EXAMPLES = 8
 
 def main():
     parser = common.argument_parser(__doc__, RECIPES)
-    parser.add_argument("--init", default="q2",
-                        help="first weights: q2, imagenet, scratch or a checkpoint FILE (q2)")
+    parser.add_argument(
+        "--init",
+        default="q2",
+        help="first weights: q2, imagenet, scratch or a checkpoint FILE (q2)",
+    )
     args = common.parse_arguments(parser)
     folder, seconds = args.results / "q6", {}
     split, data = common.load_data(args)
     earlier = common.measured_before(args, split)
     model, stem, parents = first_model(args, split)
     origin = {**common.provenance(args, "q6", split, parents), "init": args.init}
-    recipe = common.choose_recipe(args, RECIPES, stem, "q6", split, alpha=ALPHA,
-                                  embedding=EMBEDDING, init=args.init, first_weights=parents)
+    recipe = common.choose_recipe(
+        args,
+        RECIPES,
+        stem,
+        "q6",
+        split,
+        alpha=ALPHA,
+        embedding=EMBEDDING,
+        init=args.init,
+        first_weights=parents,
+    )
 
     untrained = common.frozen(model, args.precision)
-    history = train_embedding(model, training_step, data, recipe, folder / "training.pt",
-                              args.fresh)
+    history = train_embedding(
+        model, training_step, data, recipe, folder / "training.pt", args.fresh
+    )
     made = common.save_trained(folder, "model", model, history, recipe, origin)
     draw_curves(folder, history)
     trained, train_labels = common.frozen(model, args.precision), data["train"][1]
     with common.timed(seconds, "vote"):
         train, test = (embed(trained, common.as_float(data[part][0])) for part in ("train", "test"))
         votes = measured_votes(untrained, trained, train, test, data)
-    losses = [soft_knn_loss(train, train_labels, of)
-              for of in (common.summed_cross_entropy, common.summed_margin)]
+    losses = [
+        soft_knn_loss(train, train_labels, of)
+        for of in (common.summed_cross_entropy, common.summed_margin)
+    ]
     decide = knn_decision(train, train_labels)
     with common.timed(seconds, "attack"):
         measured = common.measured_on_test(model, data["test"], args, losses, decide)
@@ -82,9 +97,16 @@ def main():
 
     models = {MODEL: {**made, **votes, **measured}}
     draw_all_models(folder, {**earlier, **models})
-    common.write_metrics(folder, origin, {
-        "models": models, "n_test": len(data["test"][1]), "epsilon": common.EPSILON,
-        "seconds": seconds})
+    common.write_metrics(
+        folder,
+        origin,
+        {
+            "models": models,
+            "n_test": len(data["test"][1]),
+            "epsilon": common.EPSILON,
+            "seconds": seconds,
+        },
+    )
     print_vote(args.init, votes["val"])
     common.print_conditions("Question 6: all models on test", {**earlier, **models})
 
@@ -97,7 +119,7 @@ def first_model(args, split):
 
     The stem is that of question 2's model, so that all can be compared; a backbone from elsewhere
     keeps a random first layer where its own is of another stem. Without checkpoint the list is
-    empty. """
+    empty."""
     checkpoint = common.require_model(args, split)
     stem = checkpoint["stem"]
     torch.manual_seed(args.seed)
@@ -126,9 +148,11 @@ def imagenet_weights():
         tensors = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except Exception as error:  # no network; or a damaged file, for which torch raises any kind
         cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise common.UserError(f"torchvision's ImageNet weights cannot be loaded ({error}); "
-                               f"connect to the network, delete {cached} if it is there and "
-                               "damaged, or use --init q2") from error
+        raise common.UserError(
+            f"torchvision's ImageNet weights cannot be loaded ({error}); "
+            f"connect to the network, delete {cached} if it is there and "
+            "damaged, or use --init q2"
+        ) from error
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
 
 
@@ -143,14 +167,18 @@ def train_embedding(model, step, data, recipe, state_file, fresh):
     def evaluate(model):
         model = common.frozen(model, recipe["precision"])
         train, val = (embed(model, common.as_float(part)) for part in (images, val_images))
-        batches = zip(val.split(recipe["batch_size"]), val_labels.split(recipe["batch_size"]),
-                      strict=True)
+        batches = zip(
+            val.split(recipe["batch_size"]), val_labels.split(recipe["batch_size"]), strict=True
+        )
         losses = [angular_loss(*batch, recipe["alpha"]).item() for batch in batches]
-        return {"val_loss": float(np.mean(losses)),
-                "val_accuracy": common.accuracy(vote(train, labels, val), val_labels)}
+        return {
+            "val_loss": float(np.mean(losses)),
+            "val_accuracy": common.accuracy(vote(train, labels, val), val_labels),
+        }
 
-    return common.train(model, data["train"], step, class_balanced_batches, evaluate, recipe,
-                        state_file, fresh)
+    return common.train(
+        model, data["train"], step, class_balanced_batches, evaluate, recipe, state_file, fresh
+    )
 
 
 def training_step(model, images, labels, generator, recipe):
@@ -187,7 +215,8 @@ def class_balanced_batches(labels, batch_size, generator):
     if batch_size % classes or per_class < 2 or number < 1:
         raise common.UserError(
             f"--batch-size {batch_size}: must be a multiple of {classes}, at least twice that for "
-            f"a pair of each class, and at most {classes * min(map(len, indices))}, like 120")
+            f"a pair of each class, and at most {classes * min(map(len, indices))}, like 120"
+        )
     shuffled = [own[torch.randperm(len(own), generator=generator)] for own in indices]
     chosen = [own[: number * per_class].view(number, per_class) for own in shuffled]
     return list(torch.cat(chosen, dim=1))
@@ -223,10 +252,14 @@ def measured_votes(untrained, trained, train, test, data):
 
     untrained, trained: `frozen` models; train, test: the second's embeddings.
     """
-    return {"val": {"accuracy": validation_accuracy(trained, data),
-                    "accuracy_before_training": validation_accuracy(untrained, data)},
-            "retrieval": retrieval_quality(train, data["train"][1], test, data["test"][1]),
-            "neighbours": NEIGHBOURS}
+    return {
+        "val": {
+            "accuracy": validation_accuracy(trained, data),
+            "accuracy_before_training": validation_accuracy(untrained, data),
+        },
+        "retrieval": retrieval_quality(train, data["train"][1], test, data["test"][1]),
+        "neighbours": NEIGHBOURS,
+    }
 
 
 def knn_decision(train, train_labels):
@@ -258,14 +291,19 @@ def retrieval_quality(train, train_labels, test, test_labels):
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
     train, train_labels, test, test_labels = (
-        tensor.cpu() for tensor in (train, train_labels, test, test_labels))
+        tensor.cpu() for tensor in (train, train_labels, test, test_labels)
+    )
     names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 
     def neighbours(query, k, reference, ref_includes_query):
         return common.nearest_neighbours(query, k, reference)
 
-    calculator = AccuracyCalculator(include=names, k=int(torch.bincount(train_labels).max()),
-                                    device=torch.device("cpu"), knn_func=neighbours)
+    calculator = AccuracyCalculator(
+        include=names,
+        k=int(torch.bincount(train_labels).max()),
+        device=torch.device("cpu"),
+        knn_func=neighbours,
+    )
     totals = dict.fromkeys(names, 0.0)
     for query, labels in zip(test.split(QUERIES), test_labels.split(QUERIES), strict=True):
         scores = calculator.get_accuracy(query, labels, train, train_labels)
@@ -280,27 +318,48 @@ def retrieval_quality(train, train_labels, test, test_labels):
 def draw_curves(folder, history):
     """Figure 13: accuracy and loss per epoch."""
     voters = f"validation: {NEIGHBOURS}-NN among {REFERENCE_IMAGES} training images"
-    common.plot_history(folder / "figure13_accuracy.png", history,
-                        {"accuracy": "train: nearest image of the batch", "val_accuracy": voters},
-                        "accuracy")
-    common.plot_history(folder / "figure13_loss.png", history,
-                        {"loss": "train (augmented)", "val_loss": "validation"}, "angular loss")
+    common.plot_history(
+        folder / "figure13_accuracy.png",
+        history,
+        {"accuracy": "train: nearest image of the batch", "val_accuracy": voters},
+        "accuracy",
+    )
+    common.plot_history(
+        folder / "figure13_loss.png",
+        history,
+        {"loss": "train (augmented)", "val_loss": "validation"},
+        "angular loss",
+    )
 
 
 def draw_test_images(folder, model, train, test, data, seed, loss, decide):
     """Figures 14 to 16: the UMAP of the embeddings, and examples of test images."""
     images, labels = common.as_float(data["test"][0]), data["test"][1]
     perturbed = common.perturbed_images(data["test"][0], "test", seed)
-    common.plot_examples(folder / "figure15_examples.png", model, images[:EXAMPLES],
-                         perturbed[:EXAMPLES], labels[:EXAMPLES], loss, decide)
+    common.plot_examples(
+        folder / "figure15_examples.png",
+        model,
+        images[:EXAMPLES],
+        perturbed[:EXAMPLES],
+        labels[:EXAMPLES],
+        loss,
+        decide,
+    )
     attacked = common.under_fgm(lambda batch: embed(model, batch), model, images, labels, loss)
     points, place = common.fit_umap(train, seed)
-    common.plot_maps(folder / "figure14_umap.png", {
-        "train": (points, data["train"][1]),
-        "test, in the map of train": (place(test), labels)}, points)
-    common.plot_maps(folder / "figure16_umap.png", {
-        "perturbed test": (place(embed(model, perturbed)), labels),
-        "test under FGM, eps = 8/255": (place(attacked), labels)}, points)
+    common.plot_maps(
+        folder / "figure14_umap.png",
+        {"train": (points, data["train"][1]), "test, in the map of train": (place(test), labels)},
+        points,
+    )
+    common.plot_maps(
+        folder / "figure16_umap.png",
+        {
+            "perturbed test": (place(embed(model, perturbed)), labels),
+            "test under FGM, eps = 8/255": (place(attacked), labels),
+        },
+        points,
+    )
 
 
 def draw_all_models(folder, models):
@@ -328,8 +387,10 @@ def draw_all_models(folder, models):
 def print_vote(init, val):
     """What training adds to what the first weights are worth. val: accuracies of the vote."""
     before, after = (common.percent(val[key]) for key in ("accuracy_before_training", "accuracy"))
-    print(f"Accuracy on validation: {before} before training (weights of {common.one_line(init)}), "
-          f"{after} after")
+    print(
+        f"Accuracy on validation: {before} before training (weights of {common.one_line(init)}), "
+        f"{after} after"
+    )
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ Run     python verify.py --results FOLDER
 
 import sys
 
+import numpy as np
+
 import common
 import q1_split
 import q6_angular
-
-import numpy as np
 
 TOLERANCE = 0.002
 FGM_IMAGES, PGD_IMAGES = 2_000, 500
@@ -35,8 +35,10 @@ def main():
     try:
         rows += model_rows(found, split, data, args)
     except common.MALFORMED as error:
-        raise common.UserError(f"a metrics.json in {args.results} lacks something or holds what it "
-                               f"should not ({error})") from error
+        raise common.UserError(
+            f"a metrics.json in {args.results} lacks something or holds what it "
+            f"should not ({error})"
+        ) from error
     sys.exit(tell(rows, [question for question in ("q1", *QUESTIONS) if question not in found]))
 
 
@@ -59,17 +61,22 @@ def model_rows(found, split, data, args):
 
 def tell(rows, missing):
     """Print the table, what is missing, what to write beside the mark; returns the exit status."""
-    common.print_table("What was reported, and what the files handed in give",
-                       ["question", "what", "reported", "measured", "holds"],
-                       [[*cells, "yes" if holds else "NO"] for *cells, holds in rows])
+    common.print_table(
+        "What was reported, and what the files handed in give",
+        ["question", "what", "reported", "measured", "holds"],
+        [[*cells, "yes" if holds else "NO"] for *cells, holds in rows],
+    )
     if missing:
         print(f"Missing, and not looked at: {', '.join(missing)}.")
     wrong = [row for row in rows if not row[-1]]
     if rows and not wrong:
         print("Everything that is there holds.")
     for question, what, reported, measured, _ in wrong:
-        print(common.one_line(f"{question}: {what} does not hold: {reported} is reported, "
-                              f"{measured} was found."))
+        print(
+            common.one_line(
+                f"{question}: {what} does not hold: {reported} is reported, {measured} was found."
+            )
+        )
     return 1 if wrong else 0
 
 
@@ -85,36 +92,73 @@ def split_rows(split, labels):
     same = all(np.array_equal(split[part].numpy(), indices) for part, indices in drawn.items())
     counts = [np.bincount(labels[split[part].numpy()], minlength=10) for part in drawn]
     how = f"protocol {split['protocol']}, seed {split['seed']}"
-    return [("q1", "the split", how, "the same" if same else "another", same),
-            ("q1", "balance of the classes", "equal", " ".join(
-                f"{count.min()}-{count.max()}" for count in counts),
-             all(count.min() == count.max() for count in counts))]
+    return [
+        ("q1", "the split", how, "the same" if same else "another", same),
+        (
+            "q1",
+            "balance of the classes",
+            "equal",
+            " ".join(f"{count.min()}-{count.max()}" for count in counts),
+            all(count.min() == count.max() for count in counts),
+        ),
+    ]
 
 
 def file_rows(question, name, model, checkpoint):
     """The checkpoint against the metrics that tell of it."""
     origin = checkpoint["provenance"]
-    recipe = (model["recipe"] == origin.get("recipe")
-              and model["recipe"]["stem"] == checkpoint["stem"])
-    return [(question, f"{name}: the file", model["sha256"][:8], checkpoint["sha256"][:8],
-             model["sha256"] == checkpoint["sha256"]),
-            (question, f"{name}: its question", question, str(origin.get("question"))[:8],
-             origin.get("question") == question),
-            (question, f"{name}: its recipe", "as in metrics.json",
-             "the same" if recipe else "another", recipe)]
+    recipe = (
+        model["recipe"] == origin.get("recipe") and model["recipe"]["stem"] == checkpoint["stem"]
+    )
+    return [
+        (
+            question,
+            f"{name}: the file",
+            model["sha256"][:8],
+            checkpoint["sha256"][:8],
+            model["sha256"] == checkpoint["sha256"],
+        ),
+        (
+            question,
+            f"{name}: its question",
+            question,
+            str(origin.get("question"))[:8],
+            origin.get("question") == question,
+        ),
+        (
+            question,
+            f"{name}: its recipe",
+            "as in metrics.json",
+            "the same" if recipe else "another",
+            recipe,
+        ),
+    ]
 
 
 def parent_rows(question, metrics, q2, split):
     """The split and the first weights against what lies in the folder."""
     if not metrics["models"]:
         return []
-    rows = [(question, "made from the split", metrics["split_sha256"][:8], split["sha256"][:8],
-             metrics["split_sha256"] == split["sha256"])]
+    rows = [
+        (
+            question,
+            "made from the split",
+            metrics["split_sha256"][:8],
+            split["sha256"][:8],
+            metrics["split_sha256"] == split["sha256"],
+        )
+    ]
     if q2 and question != "q2" and metrics.get("init", "q2") == "q2":
-        parent, = (model["sha256"] for model in q2["models"].values())
-        rows.append((question, "made from question 2's model",
-                     " ".join(sha[:8] for sha in metrics["parent_sha256"]), parent[:8],
-                     metrics["parent_sha256"] == [parent]))
+        (parent,) = (model["sha256"] for model in q2["models"].values())
+        rows.append(
+            (
+                question,
+                "made from question 2's model",
+                " ".join(sha[:8] for sha in metrics["parent_sha256"]),
+                parent[:8],
+                metrics["parent_sha256"] == [parent],
+            )
+        )
     return rows
 
 
@@ -127,13 +171,26 @@ def accuracy_rows(question, name, model, measured, number):
         reported = model["accuracy"].get(condition)
         if reported is not None:
             error = 0 if images == number else 3 * common.standard_error(share, images)
-            rows.append((question, f"{name}: {common.CONDITIONS[condition]}, {images} images",
-                         common.percent(reported), common.percent(share),
-                         abs(reported - share) <= TOLERANCE + error))
+            rows.append(
+                (
+                    question,
+                    f"{name}: {common.CONDITIONS[condition]}, {images} images",
+                    common.percent(reported),
+                    common.percent(share),
+                    abs(reported - share) <= TOLERANCE + error,
+                )
+            )
     test, (train, seen) = measured["clean"][0], measured["train"]
     error = 3 * np.hypot(common.standard_error(test, number), common.standard_error(train, seen))
-    rows.append((question, f"{name}: not better on test than on train", common.percent(test),
-                 common.percent(train), bool(test - train <= error)))
+    rows.append(
+        (
+            question,
+            f"{name}: not better on test than on train",
+            common.percent(test),
+            common.percent(train),
+            bool(test - train <= error),
+        )
+    )
     return rows
 
 
@@ -153,14 +210,26 @@ def measure(question, checkpoint, data, seed, args):
     (train, train_labels), (test, labels) = data["train"], data["test"]
     images, perturbed = common.as_float(test), common.perturbed_images(test, "test", seed)
     linf = common.EPSILON["linf"]
-    fgm = common.fgm_accuracies(model, images[:FGM_IMAGES], labels[:FGM_IMAGES], [("linf", linf)],
-                                loss, decide)[1]
-    pgd = common.pgd_accuracy_by_step(model, images[:PGD_IMAGES], labels[:PGD_IMAGES], linf,
-                                      common.PGD_STEP_SIZE, common.PGD_STEPS, loss, decide)[-1]
-    return {"clean": (share(images, labels), len(images)),
-            "perturbed": (share(perturbed, labels), len(images)),
-            "fgm": (fgm, len(images[:FGM_IMAGES])), "pgd": (pgd, len(images[:PGD_IMAGES])),
-            "train": (share(common.as_float(train), train_labels), len(train))}
+    fgm = common.fgm_accuracies(
+        model, images[:FGM_IMAGES], labels[:FGM_IMAGES], [("linf", linf)], loss, decide
+    )[1]
+    pgd = common.pgd_accuracy_by_step(
+        model,
+        images[:PGD_IMAGES],
+        labels[:PGD_IMAGES],
+        linf,
+        common.PGD_STEP_SIZE,
+        common.PGD_STEPS,
+        loss,
+        decide,
+    )[-1]
+    return {
+        "clean": (share(images, labels), len(images)),
+        "perturbed": (share(perturbed, labels), len(images)),
+        "fgm": (fgm, len(images[:FGM_IMAGES])),
+        "pgd": (pgd, len(images[:PGD_IMAGES])),
+        "train": (share(common.as_float(train), train_labels), len(train)),
+    }
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ os.environ["PYTHONPATH"] = str(
     Path(__file__).resolve().parent.parent
 )  # for the scripts that tests start
 
-import common  # noqa: E402
-import helpers  # noqa: E402
-
 import pytest  # noqa: E402  (the lines above must come before torch is imported)
 import torch  # noqa: E402
+
+import common  # noqa: E402
+import helpers  # noqa: E402
 
 torch.set_num_threads(2)
 

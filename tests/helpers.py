@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import common
-import launch
-import q1_split
-import q2_train_ce
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+
+import common
+import launch
+import q1_split
+import q2_train_ce
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, links and locks of POSIX systems")
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,8 +29,19 @@ import q2_train_ce  # noqa: E402
 import q4_adv_train  # noqa: E402
 
 ATTACKED = 2_000  # validation images for FGM, PGD-20 and the strongest attack
-HEADER = ["variant", "epochs", "seed", "minutes", "clean", "perturbed", "fgm", "pgd", "strongest",
-          "images_attacked", "hardware"]
+HEADER = [
+    "variant",
+    "epochs",
+    "seed",
+    "minutes",
+    "clean",
+    "perturbed",
+    "fgm",
+    "pgd",
+    "strongest",
+    "images_attacked",
+    "hardware",
+]
 BETA = 6.0  # weight of TRADES's second term (Zhang et al. 2019)
 AWP = 0.005  # by how much of their own length weights are perturbed (Wu et al. 2020)
 
@@ -38,8 +49,11 @@ AWP = 0.005  # by how much of their own length weights are perturbed (Wu et al. 
 def main():
     parser = common.argument_parser(__doc__)
     parser.add_argument("--stem", choices=("auto", *common.STEMS), default="auto")
-    parser.add_argument("--epochs", type=common.between(int, 1, 10**6),
-                        help="of every variant (its question's recipe)")
+    parser.add_argument(
+        "--epochs",
+        type=common.between(int, 1, 10**6),
+        help="of every variant (its question's recipe)",
+    )
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = common.parse_arguments(parser)
     path = args.results / "search.csv"
@@ -72,8 +86,11 @@ def main():
 def recipe_of(name, stem, args, split):
     """What the question's script would train with, and the variant's changes."""
     module = {"q2": q2_train_ce, "q4": q4_adv_train}[name[:2]]
-    constants = {"label_smoothing": module.LABEL_SMOOTHING, "cutout": q2_train_ce.CUTOUT,
-                 "eps": common.EPSILON["linf"]}
+    constants = {
+        "label_smoothing": module.LABEL_SMOOTHING,
+        "cutout": q2_train_ce.CUTOUT,
+        "eps": common.EPSILON["linf"],
+    }
     recipe = common.choose_recipe(args, module.RECIPES, stem, "search", split, **constants)
     return {**recipe, "variant": name, **VARIANTS[name][0]}
 
@@ -98,8 +115,9 @@ def trained(name, recipe, args, split, data):
     batches = common.shuffled_batches
     common.train(model, data["train"], step, batches, evaluate, recipe, state, fresh=True)
     mean = copy.deepcopy(model)
-    mean.load_state_dict({key: torch.stack([each[key].float() for each in weights]).mean(0)
-                          for key in weights[0]})
+    mean.load_state_dict(
+        {key: torch.stack([each[key].float() for each in weights]).mean(0) for key in weights[0]}
+    )
     renew_statistics(mean, data["train"], step, recipe)
     return {"": model, ", mean of the last fifth": mean}
 
@@ -125,13 +143,15 @@ def measured(model, val, seed):
     """
     images, labels = common.as_float(val[0]), val[1]
     perturbed = common.perturbed_images(val[0], "val", seed)
-    clean, shifted = (common.accuracy(common.predict(model, part), labels)
-                      for part in (images, perturbed))
+    clean, shifted = (
+        common.accuracy(common.predict(model, part), labels) for part in (images, perturbed)
+    )
     images, labels = images[:ATTACKED], labels[:ATTACKED]
     eps, losses = common.EPSILON["linf"], (common.summed_cross_entropy, common.summed_margin)
     fgm = common.fgm_accuracies(model, images, labels, [("linf", eps)])[1]
-    pgd = common.pgd_accuracy_by_step(model, images, labels, eps, common.PGD_STEP_SIZE,
-                                      common.PGD_STEPS)[-1]
+    pgd = common.pgd_accuracy_by_step(
+        model, images, labels, eps, common.PGD_STEP_SIZE, common.PGD_STEPS
+    )[-1]
     strongest = common.strongest_accuracy(model, images, labels, losses, common.most_likely)
     return (clean, shifted, fgm, pgd, strongest), len(images)
 
@@ -146,8 +166,9 @@ def mixup(model, images, labels, generator, recipe):
     other = common.send(torch.randperm(len(images), generator=generator), images.device)
     logits = model(torch.lerp(images[other], images, share))
     smoothing = recipe["label_smoothing"]
-    loss = (share * F.cross_entropy(logits, labels, label_smoothing=smoothing)
-            + (1 - share) * F.cross_entropy(logits, labels[other], label_smoothing=smoothing))
+    loss = share * F.cross_entropy(logits, labels, label_smoothing=smoothing) + (
+        1 - share
+    ) * F.cross_entropy(logits, labels[other], label_smoothing=smoothing)
     return loss, (logits.argmax(1) == labels).sum()
 
 
@@ -198,8 +219,10 @@ def adversarial_weights(model, images, labels, generator, recipe):
     weights = [weight for weight in model.parameters() if weight.ndim > 1]
     loss, _ = common.loss_and_correct(model, images, labels, recipe)
     gradients = torch.autograd.grad(loss, weights)
-    moves = [AWP * weight.detach().norm() / gradient.norm().clamp_min(1e-12) * gradient
-             for weight, gradient in zip(weights, gradients, strict=True)]
+    moves = [
+        AWP * weight.detach().norm() / gradient.norm().clamp_min(1e-12) * gradient
+        for weight, gradient in zip(weights, gradients, strict=True)
+    ]
     with torch.no_grad():
         for weight, move in zip(weights, moves, strict=True):
             weight += move

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 import common
 import helpers
-
-import pytest
 
 MODELS = {
     "q2": ["model.pt"],

@@ -3,14 +3,14 @@
 import copy
 import math
 
-import common
-import helpers
-import q4_adv_train
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import common
+import helpers
+import q4_adv_train
 
 EPS = 8 / 255
 

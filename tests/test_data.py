@@ -7,11 +7,6 @@ import tarfile
 import urllib.request
 from collections import Counter
 
-import common
-import helpers
-import q1_split
-import q2_train_ce
-
 import numpy as np
 import pytest
 import torch
@@ -20,6 +15,11 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.v2 import TrivialAugmentWide
+
+import common
+import helpers
+import q1_split
+import q2_train_ce
 
 TVF_STEPS = (
     ("brightness", tvf.adjust_brightness),

@@ -2,12 +2,6 @@
 
 import contextlib
 
-import common
-import helpers
-import q2_train_ce
-import q4_adv_train
-import q6_angular
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +9,12 @@ from pytorch_metric_learning.utils import accuracy_calculator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import common
+import helpers
+import q2_train_ce
+import q4_adv_train
+import q6_angular
 
 COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy)
 

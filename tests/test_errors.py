@@ -15,6 +15,10 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
 import common
 import helpers
 import q1_split
@@ -23,10 +27,6 @@ import q3_attack
 import q4_adv_train
 import q6_angular
 import report
-
-import numpy as np
-import pytest
-import torch
 
 
 @pytest.fixture

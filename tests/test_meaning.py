@@ -3,6 +3,11 @@
 import re
 from types import SimpleNamespace
 
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 import common
 import helpers
 import q1_split
@@ -10,11 +15,6 @@ import q2_train_ce
 import q3_attack
 import q4_adv_train
 import q6_angular
-
-import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 
 class Noted(Exception):

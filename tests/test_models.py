@@ -2,12 +2,6 @@
 
 import math
 
-import common
-import helpers
-import q2_train_ce
-import q4_adv_train
-import q6_angular
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +9,12 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import AngularLoss
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import nn
+
+import common
+import helpers
+import q2_train_ce
+import q4_adv_train
+import q6_angular
 
 
 def trained_looking(stem, num_outputs=10):
@@ -463,9 +463,7 @@ def test_adamw_is_that_of_loshchilov_and_hutter_with_decay_of_weights_only():
             first[number] = 0.9 * first[number] + 0.1 * gradient
             second[number] = 0.999 * second[number] + 0.001 * gradient**2
             mean, square = first[number] / (1 - 0.9**step), second[number] / (1 - 0.999**step)
-            expected[number] -= 0.01 * (
-                mean / (np.sqrt(square) + 1e-8) + decay * expected[number]
-            )
+            expected[number] -= 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay * expected[number])
     for found, tensor in zip((model.weight, model.bias), expected, strict=True):
         np.testing.assert_allclose(found.detach().numpy(), tensor, rtol=1e-5, atol=1e-6)
 

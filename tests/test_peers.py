@@ -1,12 +1,12 @@
 """Our attacks against four libraries that others rely on; pip install -r tests/requirements-
 peers.txt brings them."""
 
-import common
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+import common
 
 # Norm, eps, step size and number of steps; one step of size eps is FGM.
 THREATS = {

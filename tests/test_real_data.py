@@ -2,12 +2,12 @@
 
 import os
 
-import common
-import helpers
-
 import pytest
 import torch
 from torchvision.datasets import CIFAR10
+
+import common
+import helpers
 
 pytestmark = pytest.mark.skipif(
     "CIFAR10_DATA" not in os.environ, reason="CIFAR10_DATA does not name a folder with CIFAR-10"

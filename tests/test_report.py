@@ -7,12 +7,12 @@ import shutil
 import subprocess
 from xml.etree import ElementTree
 
+import pytest
+
 import common
 import helpers
 import report
 import seeds
-
-import pytest
 
 CLEAN = {
     "clean": 0.85,

@@ -5,14 +5,14 @@ import random
 import shutil
 import signal
 
+import pytest
+import torch
+
 import common
 import helpers
 import q4_adv_train
 import q6_angular
 import tiny_training
-
-import pytest
-import torch
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import struct
 import subprocess
 from types import SimpleNamespace
 
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
 import common
 import demo
 import helpers
 import q2_train_ce
 import q4_adv_train
 import q6_angular
-
-import pytest
-import torch
-from sklearn.neighbors import KNeighborsClassifier
 
 FILES = {
     "q1": {"split.npz", "figure01_train_labels.png", "figure02_held_out_labels.png"},

@@ -1,13 +1,13 @@
 """The search's variants train what they say."""
 
+import pytest
+import torch
+
 import common
 import helpers
 import q2_train_ce
 import q4_adv_train
 import search
-
-import pytest
-import torch
 
 
 @pytest.mark.parametrize("name", ["q2 twice the decay", "q4 noise 3"])

@@ -4,11 +4,11 @@ import json
 import shutil
 import sys
 
+import pytest
+
 import common
 import q1_split
 import verify
-
-import pytest
 
 
 @pytest.fixture

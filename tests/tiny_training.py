@@ -4,11 +4,11 @@ the tests.
 Run     python tests/tiny_training.py --results FOLDER
 """
 
+import torch
+
 import common
 import helpers
 import q2_train_ce
-
-import torch
 
 RECIPES = {
     stem: {"epochs": 4, "batch_size": 40, "lr": 0.05, "trivial_augment": True}
