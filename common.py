@@ -3,7 +3,6 @@
     Question 1    the images of CIFAR-10 and their split; random numbers
     Question 2    ResNet-18, evaluation, training, maps and other figures
     Question 3    the perturbation, attacks, accuracy under them
-    Question 6    the k-NN vote
     Housekeeping  command line, files, checkpoints, metrics, tables: changes no number
 
 A name means the same everywhere:
@@ -15,48 +14,40 @@ A name means the same everywhere:
     model      maps images to outputs and can be differentiated; a Network or any other
     loss       loss(model(images), labels): the scalar that an attack raises, a sum over the images
     decide     decide(model(images)): int64 N, the classes that count
-    made_by    the command that makes a file, for the error line when it is missing or damaged
+    right      bool N: which images are classified correctly
 
 Slow imports (torchvision, matplotlib, umap) stand in the functions that need them: `--help` is
 instant.
 """
 
-import contextlib
-import os
-import signal
-
-INTERRUPT = signal.getsignal(signal.SIGINT)
-with contextlib.suppress(ValueError):  # raised outside the main thread, where it is not needed
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a quiet end while modules load
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack, the CPU does
-
 import argparse
+import ast
+import contextlib
 import copy
-import glob
 import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import platform
 import shlex
 import stat
+import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import warnings
 import zipfile
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-with contextlib.suppress(ValueError, TypeError):
-    signal.signal(signal.SIGINT, INTERRUPT)
 
 # ---- Question 1: images, split, random numbers --------------------------------------------------
 
@@ -69,48 +60,32 @@ STREAMS = ("perturbed train", "perturbed val", "perturbed test", "noise", "epoch
 def load_cifar10(root):
     """The 60,000 images (uint8) and labels: torchvision's training file in order, then its test.
 
-    Downloads them when `root` holds no `cifar-10-batches-py`. The files are pickles: each is opened
-    only after its checksum. Raises UserError for missing data without network or a damaged file.
+    torchvision fetches what `root` lacks, and unpickles a file only if its MD5 is right. Raises
+    UserError for data that are missing or damaged and cannot be fetched.
     """
     from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_url
 
-    folder, batches = Path(root) / CIFAR10.base_folder, []
     try:
-        if not folder.exists():
-            download_url(CIFAR10.url, root, CIFAR10.filename, CIFAR10.tgz_md5)
-            with tarfile.open(folder.with_name(CIFAR10.filename)) as archive:
-                archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from 3.10.12
-                for member in with_bar(archive, "unpacking"):
-                    archive.extract(member, root)
-        for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list]:
-            content = (folder / name).read_bytes()
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-                raise UserError(
-                    f"{folder / name} is damaged (wrong MD5); delete {folder} and run "
-                    "again to fetch it anew, or give --data a good copy"
-                )
-            batches.append(pickle.loads(content, encoding="latin1"))
+        parts = [CIFAR10(root, train=True, download=True), CIFAR10(root, train=False)]
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"CIFAR-10 is not in {root} and cannot be fetched, or cannot be read "
-            f"({error}); connect to the network, put {CIFAR10.filename} from any "
-            f"mirror into {root}, or give --data the folder that holds "
-            f"{CIFAR10.base_folder}, complete"
+            f"CIFAR-10 is not complete in {root} and cannot be fetched ({error}); connect to the "
+            f"network, put {CIFAR10.filename} from any mirror into {root}, or give --data the "
+            f"folder that holds {CIFAR10.base_folder}"
         ) from error
-    images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches]))
-    labels = torch.tensor([label for batch in batches for label in batch["labels"]])
-    return images.view(-1, 3, 32, 32), labels
+    images = np.concatenate([part.data for part in parts])
+    labels = torch.tensor([label for part in parts for label in part.targets])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
-def load_split(path, made_by="python q1_split.py"):
+def load_split(path):
     """Question 1's split, read from its file.
 
     A dict: `train`, `val`, `test` (int64 indices into load_cifar10's images), `protocol`, `seed`,
-    `quick`, and `sha256` over all of these, which every later artefact carries. Raises UserError
+    `quick`, and `sha256` over all of these, which every later result carries. Raises UserError
     when the file is missing, damaged, or its parts are not disjoint.
     """
-    with opened(path, made_by) as content, np.load(content, allow_pickle=False) as arrays:
+    with opened(path) as content, np.load(content, allow_pickle=False) as arrays:
         parts = {name: arrays[name] for name in ("train", "val", "test")}
         how = {name: arrays[name].item() for name in ("protocol", "seed", "quick")}
         indices = np.concatenate(list(parts.values()))
@@ -123,10 +98,8 @@ def load_split(path, made_by="python q1_split.py"):
             and [type(value) for value in how.values()] == [str, int, bool]
         ):
             raise ValueError("no split into disjoint parts of CIFAR-10")
-    digest = sha256(
-        *(part.tobytes() for part in parts.values()),
-        "{protocol} {seed} {quick}".format(**how).encode(),
-    )
+    drawn = "{protocol} {seed} {quick}".format(**how)
+    digest = sha256(*(part.tobytes() for part in parts.values()), drawn.encode())
     tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
     return {**tensors, **how, "sha256": digest}
 
@@ -137,15 +110,22 @@ def load_data(args):
     On args.device. Says what the script is about to do. Raises UserError when the split was made in
     the other mode, quick or full.
     """
-    path, made_by = args.results / "q1" / "split.npz", script_command("q1", args)
-    split = load_split(path, made_by)
+    path = args.results / "q1" / "split.npz"
+    split = load_split(path)
     if split["quick"] != args.quick:
         made = "with --quick" if split["quick"] else "without --quick"
-        raise UserError(f"{path} was made {made}; run this script so, or first: {made_by}")
+        raise UserError(
+            f"{path} was made {made}; run this script so, or first: {command_for(path)}"
+        )
     images, labels = load_cifar10(args.data)
     print(f"{args.purpose} ({args.device}, {args.precision}; {one_line(args.results)})", flush=True)
-    return split, {
-        name: (images[split[name]].to(args.device), labels[split[name]].to(args.device))
+    return split, parts_of(images, labels, split, args.device)
+
+
+def parts_of(images, labels, split, device):
+    """A dict from `train`, `val`, `test` to that part's images (uint8) and labels."""
+    return {
+        name: (images[split[name]].to(device), labels[split[name]].to(device))
         for name in ("train", "val", "test")
     }
 
@@ -155,12 +135,12 @@ def as_float(images):
     return images.float() / 255
 
 
-def generator_for(seed, stream, number=0):
+def generator_for(seed, stream, index=0):
     """A generator of its own for each use of random numbers: none depends on what ran before.
 
-    stream: one of STREAMS; number: for instance the epoch.
+    stream: one of STREAMS; index: for instance the epoch.
     """
-    entropy = np.random.SeedSequence([seed, STREAMS.index(stream), number])
+    entropy = np.random.SeedSequence([seed, STREAMS.index(stream), index])
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
@@ -207,6 +187,43 @@ class Network(nn.Module):
         return self.head(self.features(images))
 
 
+def resnet18(num_outputs, stem):
+    """ResNet-18 (He et al. 2016), a Network with random weights from torch's global generator.
+
+    stem "imagenet" is torchvision's network unchanged: a 7x7 convolution of stride 2, a max-pool,
+    which leave the first stage an 8 x 8 map of an image. "cifar" has a 3x3 convolution of stride 1
+    and no max-pool (32 x 32, the usual CIFAR network, 15 times the work), "stride2" a 3x3
+    convolution of stride 2 and no max-pool (16 x 16, a quarter of the work of "cifar").
+    """
+    from torchvision.models import resnet18 as torchvision_resnet18
+
+    backbone = torchvision_resnet18()
+    backbone.fc = nn.Identity()
+    if stem != "imagenet":
+        stride = {"stride2": 2, "cifar": 1}[stem]
+        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        with_matrix_products(backbone, stem)
+    return Network(backbone, num_outputs).to(memory_format=torch.channels_last)
+
+
+def with_matrix_products(backbone, stem):
+    """Let a ResNet-18 compute the convolutions of its smallest maps as matrix products.
+
+    Same weights, same function; a third less time in training on processors without AVX-512.
+    """
+    stages = {"imagenet": ("layer3", "layer4"), "stride2": ("layer4",), "cifar": ()}[stem]
+    for block in (block for stage in stages for block in getattr(backbone, stage)):
+        for name in ("conv1", "conv2"):
+            conv = getattr(block, name)
+            shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+            product = Conv3x3(*shape, padding=1, bias=False, device="meta")  # draws no numbers
+            product.weight = conv.weight
+            setattr(block, name, product)
+
+
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1 or 2 and padding 1 as a matrix product: small maps on a CPU.
 
@@ -230,42 +247,6 @@ class Conv3x3(nn.Conv2d):
         ]
         weights = self.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(torch.cat(taps, dim=3), weights, self.bias).permute(0, 3, 1, 2)
-
-
-def resnet18(num_outputs, stem):
-    """ResNet-18 (He et al. 2016), a Network with random weights from torch's global generator.
-
-    stem "imagenet" is torchvision's network unchanged: a 7x7 convolution of stride 2, a max-pool,
-    which leave the first stage an 8 x 8 map of an image. "cifar" has a 3x3 convolution of stride 1
-    and no max-pool (32 x 32, the usual CIFAR network, 15 times the work), "stride2" a 3x3
-    convolution of stride 2 and no max-pool (16 x 16, a quarter of the work of "cifar").
-    """
-    from torchvision.models import resnet18 as torchvision_resnet18
-
-    backbone = torchvision_resnet18()
-    backbone.fc = nn.Identity()
-    if stem != "imagenet":
-        stride = {"stride2": 2, "cifar": 1}[stem]
-        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-        backbone.maxpool = nn.Identity()
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        small = {"imagenet": ("layer3", "layer4"), "stride2": ("layer4",), "cifar": ()}[stem]
-        for block in (block for stage in small for block in getattr(backbone, stage)):
-            for name in ("conv1", "conv2"):
-                conv = getattr(block, name)
-                fast = Conv3x3(
-                    conv.in_channels,
-                    conv.out_channels,
-                    3,
-                    conv.stride,
-                    padding=1,
-                    bias=False,
-                    device="meta",
-                )  # where it draws no random numbers
-                fast.weight = conv.weight
-                setattr(block, name, fast)
-    return Network(backbone, num_outputs).to(memory_format=torch.channels_last)
 
 
 def frozen(model, precision="float32"):
@@ -294,14 +275,22 @@ EVALUATION_BATCH = 250  # fits a processor's cache better than more, and its mem
 GPU_BATCH = 1_000  # so that a GPU has enough to do
 
 
-def in_batches(function, inputs, size=None):
-    """`function` over a tensor in batches, without gradients; its results concatenated."""
+def in_batches(function, *tensors, size=None, title=""):
+    """`function` of the tensors batch by batch, without gradients; its results concatenated.
+
+    It returns a tensor or a tuple of tensors. title: of the bar that a terminal shows.
+    """
+    size = size or batch_size_for(tensors[0])
+    batches = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
     with torch.no_grad():
-        return torch.cat([function(batch) for batch in inputs.split(size or batch_for(inputs))])
+        results = [function(*batch) for batch in with_bar(batches, title)]
+    if isinstance(results[0], tuple):
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    return torch.cat(results)
 
 
-def batch_for(tensor):
-    """How many images to evaluate or attack at once where this tensor is."""
+def batch_size_for(tensor):
+    """How many images to evaluate or attack at once on the tensor's device."""
     return EVALUATION_BATCH if tensor.device.type == "cpu" else GPU_BATCH
 
 
@@ -312,7 +301,12 @@ def predict(model, images):
 
 def accuracy(predicted, labels):
     """Share of equal entries, as a float."""
-    return (predicted == labels).sum().item() / len(labels)
+    return share(predicted == labels)
+
+
+def share(right):
+    """Share of the entries of a bool tensor that are true, as a float."""
+    return right.sum().item() / len(right)
 
 
 def backbone_features(model, images):
@@ -337,21 +331,21 @@ OPTIMIZER = {
     "weight_decay": 5e-4,  # of weights only, not of batch-norms and biases
     "warmup": 0.2,  # share of the steps in which the rate rises linearly; then it falls to 0
 }
-ABSURD = 1e6  # a loss from which no training comes back
 VALIDATION_SUBSET = 2_000  # the first validation images (q1 has shuffled them), scored every epoch
 STATE_EVERY = 10  # seconds: writing the state takes a good part of a GPU's epoch
+EXPLODED = 1_000  # times its first loss: no training comes back from there
 
 
 def crop_and_flip(images, generator):
     """The usual augmentation: a shift of up to 4 pixels, borders reflected, and a random mirror."""
-    number, _, height, width = images.shape
-    top, left = torch.randint(0, 9, (2, number, 1), generator=generator)
-    mirrored = torch.rand(number, 1, generator=generator) < 0.5
+    count, _, height, width = images.shape
+    top, left = torch.randint(0, 9, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
     rows = top + torch.arange(height)
     columns = left + torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width))
     rows, columns = send(rows, images.device), send(columns, images.device)
     padded = F.pad(images, (4, 4, 4, 4), mode="reflect").permute(0, 2, 3, 1)
-    image = torch.arange(number, device=images.device)[:, None, None]
+    image = torch.arange(count, device=images.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -376,72 +370,131 @@ def shuffled_batches(labels, batch_size, generator):
     return [batch for batch in batches if len(batch) == batch_size]
 
 
-def train(model, data, step, batches, evaluate, recipe, state_file, fresh=False, guard=None):
-    """Train `model` in place, resumably, at a one-cycle rate.
+def train(model, data, step, batches, evaluate, recipe, origin, path, fresh=False, guard=None):
+    """Train `model` in place, resumably, at a one-cycle rate; it ends in eval mode.
 
-    data: images (uint8) and labels of the training part; recipe: see choose_recipe;
-    step(model, images, labels, generator, recipe): a batch's differentiable loss and number of
-    correct predictions; batches(labels, batch_size, generator): an epoch's index tensors;
+    data: images (uint8) and labels of the training part; recipe: see choose_recipe; origin: see
+    provenance; step(model, images, labels, generator, recipe): a batch's differentiable loss and
+    number of correct predictions; batches(labels, batch_size, generator): an epoch's index tensors;
     evaluate(model): dict of numbers to note after each epoch; guard: the name of one of them, at
     whose collapse training stops and goes back to the weights of its best epoch (see kept_epoch).
-    The whole state goes to `state_file` after the last epoch, and after any other that ends
-    STATE_EVERY seconds or more after it was written. A later call goes on from there, unless
-    `fresh`, and ends bit for bit where an uninterrupted one does (on the CPU), because an epoch's
-    random numbers come from the seed and the epoch alone. Returns one dict per epoch: loss,
-    accuracy, seconds and what `evaluate` gave. Raises UserError for a state of another recipe and
-    for a loss that is no longer finite.
+
+    path: where the model will be written. The state of the training stands beside it. It is written
+    after the last epoch, and after any other that ends STATE_EVERY seconds or more after the last
+    time. A later call goes on from there, unless `fresh`, and ends bit for bit where an
+    uninterrupted one does (on the CPU): an epoch's random numbers come from the seed and the epoch
+    alone.
+
+    Returns a dict: `recipe` and `origin` of the training, also if it was an earlier call that began
+    it; `history`, one dict per epoch (loss, accuracy, seconds and what `evaluate` gave); `notes`, a
+    list of sentences. Raises UserError for a state of another recipe, for a model without state,
+    and for a loss that explodes.
     """
     model.precision = recipe["precision"]
     optimizer = optimizer_for(model, recipe)
-    history, best = ([], None) if fresh else _resume(state_file, model, optimizer, recipe)
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    require_room(Path(state_file).parent, 4 * weights)  # with the best ones and the moments
-    with only_one(Path(state_file).parent):
-        written = time.perf_counter()
-        while not _ended(history, recipe, guard):
-            epoch, started = len(history), time.perf_counter()
-            losses, share = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
+    state = {"recipe": recipe, "origin": origin, "history": [], "best": None}
+    if not fresh:
+        state = _resumed(path, model, optimizer, state, guard)
+    history, written = state["history"], time.perf_counter()
+    while not _ended(history, recipe, guard):
+        epoch, started = len(history), time.perf_counter()
+        with _telling_how_to_go_on(path):
+            losses, right = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
             seconds = time.perf_counter() - started
-            scores = {
-                "loss": losses.mean().item(),
-                "accuracy": share,
-                "seconds": seconds,
-                **evaluate(model),
-            }
-            _refuse_infinite(losses, scores, epoch, recipe)
-            history.append(scores)
-            if guard and scores[guard] == max(epoch[guard] for epoch in history):
-                best = copy.deepcopy(model.state_dict())
-            if _ended(history, recipe, guard) or time.perf_counter() - written >= STATE_EVERY:
-                write_torch(
-                    state_file,
-                    {
-                        "recipe": recipe,
-                        "history": history,
-                        "best": best,
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                    },
-                )
-                written = time.perf_counter()
-            _print_epoch(history, recipe["epochs"], time.perf_counter() - started)
+            scores = {"loss": losses.mean().item(), "accuracy": right, "seconds": seconds}
+            scores |= evaluate(model)
+        _refuse_explosion(losses, scores, history, recipe)
+        history.append(scores)
+        if guard and scores[guard] == max(epoch[guard] for epoch in history):
+            state["best"] = copy.deepcopy(model.state_dict())
+        if _ended(history, recipe, guard) or time.perf_counter() - written >= STATE_EVERY:
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write_torch(state_file_of(path), {**state, **parts})
+            written = time.perf_counter()
+        _print_epoch(history, recipe["epochs"], time.perf_counter() - started)
     kept = kept_epoch(history, guard)
     if kept < len(history):
-        model.load_state_dict(best)
+        model.load_state_dict(state["best"])
         print(f"{guard} collapsed in epoch {len(history)}: back to the weights of epoch {kept}")
     model.eval()
-    return history
+    notes = _notes_on_code(path, state["origin"], origin)
+    return {**{key: state[key] for key in ("recipe", "origin", "history")}, "notes": notes}
+
+
+def state_file_of(path):
+    """Where the state of a model's training stands: beside the model."""
+    return Path(path).with_suffix(".training.pt")
+
+
+def _resumed(path, model, optimizer, new, guard):
+    """The state of the training that ends in `path`; `new` where there is none.
+
+    Its weights and moments go into model and optimizer.
+    """
+    file = state_file_of(path)
+    if not file.exists():
+        if path.exists():
+            raise UserError(
+                f"{path} is here without the state of its training, as in a folder that was handed "
+                f"in; to replace it by a new training, run: {command_for(file)}"
+            )
+        return new
+    with opened(file) as content:
+        state = load_torch(content)
+        _refuse_other_recipe(file, state, new["recipe"], guard)
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    print(f"Going on after epoch {len(state['history'])} from {one_line(file)}", file=sys.stderr)
+    return state
+
+
+def _refuse_other_recipe(file, state, recipe, guard):
+    """Raise UserError for a state of another recipe; a finished one may be of any PyTorch."""
+    before = state["recipe"]
+    if _ended(state["history"], recipe, guard):
+        before = {**before, "torch": recipe["torch"]}
+    changed = [
+        f"{key} {before.get(key)!r}, now {recipe.get(key)!r}"
+        for key in sorted({*before, *recipe})
+        if before.get(key) != recipe.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{file} was made with other settings ({'; '.join(changed)}); use those again, "
+            f"or start over with: {command_for(file)}"
+        )
+
+
+def _notes_on_code(path, before, now):
+    """Where a training was begun by other code than today's: a sentence, which is printed, too."""
+    if before["code_sha256"] == now["code_sha256"]:
+        return []
+    note = (
+        f"{path} was trained by other code than today's: if your change concerns training, "
+        f"start over with: {command_for(state_file_of(path))}"
+    )
+    print(one_line(note), file=sys.stderr)
+    return [note]
+
+
+@contextlib.contextmanager
+def _telling_how_to_go_on(path):
+    """Say after Ctrl-C in training what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = state_file_of(path).exists()
+        what = "goes on after its last epoch that was saved" if kept else "begins again"
+        print(f"\nTraining {what} with: {command_for(path)}", file=sys.stderr)
+        raise
 
 
 def _print_epoch(history, epochs, seconds):
     """A line with the last epoch's numbers, and how long the others take if they take as long."""
     numbers = "  ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
     left = (epochs - len(history)) * seconds / 60
-    print(
-        f"epoch {len(history)}/{epochs}  {numbers}  {left:.0f} min left",
-        file=sys.stderr,
-        flush=True,
-    )
+    line = f"epoch {len(history)}/{epochs}  {numbers}  {left:.0f} min left"
+    print(line, file=sys.stderr, flush=True)
 
 
 def _ended(history, recipe, guard):
@@ -450,7 +503,7 @@ def _ended(history, recipe, guard):
 
 
 def kept_epoch(history, guard):
-    """Number of the epoch whose weights training ends with: the last, or the best by `guard`.
+    """Which epoch's weights training ends with, counted from 1: the last, or the best by `guard`.
 
     The best, where the guarded score has fallen below half of its best, and that was above a tenth.
     """
@@ -467,8 +520,8 @@ def train_epoch(model, optimizer, data, step, batches, recipe, epoch):
     indices = batches(labels, recipe["batch_size"], generator)
     losses, correct, seen = [], 0, 0
     model.train()
-    for number, batch in enumerate(with_bar(indices, f"epoch {epoch + 1}/{recipe['epochs']}")):
-        progress = (epoch + number / len(indices)) / recipe["epochs"]
+    for position, batch in enumerate(with_bar(indices, f"epoch {epoch + 1}/{recipe['epochs']}")):
+        progress = (epoch + position / len(indices)) / recipe["epochs"]
         for group in optimizer.param_groups:
             group["lr"] = recipe["lr"] * one_cycle(progress, recipe["warmup"])
         batch = send(batch, images.device)
@@ -501,16 +554,18 @@ def one_cycle(progress, warmup):
     return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
 
 
-def _refuse_infinite(losses, scores, epoch, recipe):
+def _refuse_explosion(losses, scores, history, recipe):
+    """Raise UserError for a number that is not finite or a loss EXPLODED times the first."""
+    epoch, first = len(history) + 1, history[0]["loss"] if history else losses[0].item()
     wrong = [
-        f"the loss became {loss} in epoch {epoch + 1}, step {step}"
+        f"the loss became {loss:g} in epoch {epoch}, step {step}"
         for step, loss in enumerate(losses.tolist(), start=1)
-        if not abs(loss) < ABSURD
+        if not abs(loss) <= EXPLODED * max(first, 1)
     ]
     wrong += [
-        f"{name} became {value} at the end of epoch {epoch + 1}"
+        f"{name} became {value} at the end of epoch {epoch}"
         for name, value in scores.items()
-        if not abs(value) < ABSURD
+        if not math.isfinite(value)
     ]
     if wrong:
         raise UserError(
@@ -519,40 +574,11 @@ def _refuse_infinite(losses, scores, epoch, recipe):
         )
 
 
-def _resume(state_file, model, optimizer, recipe):
-    """History and best weights in the state file, whose rest goes to model and optimizer."""
-    if not Path(state_file).exists():
-        return [], None
-    with opened(state_file, "the same command with --fresh") as content:
-        state = load_torch(content)
-        before = state["recipe"]
-        changed = [
-            f"{key} {before.get(key)!r}, now {recipe.get(key)!r}"
-            for key in sorted({*before, *recipe})
-            if before.get(key) != recipe.get(key)
-        ]
-        if changed:
-            raise UserError(
-                f"{state_file} was made with other settings ({'; '.join(changed)}); "
-                "use those again, or start over with --fresh"
-            )
-        refuse_unlike(state["model"], model.state_dict())
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for weight, kept in optimizer.state.items():  # it would write past a smaller one
-            if any(value.shape not in ((), weight.shape) for value in kept.values()):
-                raise ValueError("momentum of another shape")
-        history, best = [dict(epoch) for epoch in state["history"]], state["best"]
-        if not all(math.isfinite(value) for epoch in history for value in epoch.values()):
-            raise ValueError("a history that is not finite")
-    print(f"Going on after epoch {len(history)} from {one_line(state_file)}", file=sys.stderr)
-    return history, best
-
-
 # ---- Question 2: maps and other figures ---------------------------------------------------------
 
 DPI = 150
 UMAP_NEIGHBOURS = 15
+SEARCH_BATCH = 1000  # queries at once: their matrix product is faster than that of fewer
 
 
 def fit_umap(features, seed):
@@ -561,9 +587,9 @@ def fit_umap(features, seed):
     features float32 N x D. Returns its points, an array float32 N x 2, and a function that places
     other features in it: M x D to M x 2. The same features and seed give the same map on the same
     machine. UMAP is given the exact neighbours, since compiling its own search for them takes
-    longer than everything else.
+    longer than everything else. Raises ValueError for too few features or such as are not finite.
     """
-    _let_numba_cache()
+    _give_numba_a_cache()
     if len(features) <= UMAP_NEIGHBOURS or not features.isfinite().all():
         raise ValueError(f"a map needs more than {UMAP_NEIGHBOURS} points, all of them finite")
     from umap import UMAP
@@ -580,7 +606,7 @@ def fit_umap(features, seed):
     )
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the search is none of its own
+        warnings.simplefilter("ignore", UserWarning)  # UMAP warns of a search that it did not make
         reducer.fit(array)
     torch.set_num_threads(threads)  # UMAP's compiler gives OpenMP, which both use, all processors
     return reducer.embedding_, lambda others: reducer.transform(others.cpu().numpy())
@@ -600,43 +626,60 @@ class _ExactSearch:
         return indices.int().cpu().numpy(), distances.cpu().numpy()
 
 
-def _let_numba_cache():
-    """Let UMAP's compiler keep what takes longest, in a temporary folder if there is no other."""
+def nearest_neighbours(queries, k, reference):
+    """Exact Euclidean k-NN, nearest first: distances N x k and indices N x k into `reference`."""
+    centre = reference.mean(0)  # far from the origin, the squares below would swamp the distances
+    reference = reference - centre
+    lengths, found = reference.square().sum(1), []
+    for batch in (queries - centre).split(SEARCH_BATCH):
+        # |q - r|^2 = |r|^2 - 2 q r + |q|^2, of which the last does not change the order.
+        squares, indices = torch.addmm(lengths, batch, reference.T, alpha=-2).topk(k, largest=False)
+        own = batch.square().sum(1, keepdim=True)
+        found.append(((squares + own).clamp_min(0).sqrt(), indices))
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def _give_numba_a_cache():
+    """Let UMAP's compiler keep its work in a temporary folder where it may write nowhere else."""
     import importlib.util
 
-    places = Path(importlib.util.find_spec("umap").origin).parent, Path.home()
+    places = Path(importlib.util.find_spec("umap").origin).parent, os.path.expanduser("~")
     if not any(os.access(place, os.W_OK) for place in places):
         os.environ.setdefault("NUMBA_CACHE_DIR", tempfile.mkdtemp(prefix="numba-"))
-    from umap import umap_
-
-    for function in (umap_.smooth_knn_dist, umap_.compute_membership_strengths):
-        function.enable_caching()
 
 
-def save_figure(figure, path):
-    """Write a matplotlib figure as PNG."""
+@contextlib.contextmanager
+def drawing(path, size):
+    """A new matplotlib figure of this size in inches, written as PNG at the end of the block.
+
+    It is drawn under matplotlib's own defaults, whatever the user's settings file says.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI, format="png", bbox_inches="tight")
+    with style.context("default", after_reset=True):
+        figure = Figure(figsize=size)
+        yield figure
+        figure.savefig(buffer, dpi=DPI, format="png", bbox_inches="tight")
     write_file(path, buffer.getvalue())
 
 
 def plot_lines(path, x, lines, xlabel, ylabel):
     """Lines over a common x. lines: dict from label to as many numbers as x has."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    for label, values in lines.items():
-        axes.plot(x, values, marker="." if len(values) < 30 else None, label=label)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
+    with drawing(path, (6, 4)) as figure:
+        axes = figure.subplots()
+        for label, values in lines.items():
+            axes.plot(x, values, marker="." if len(values) < 30 else None, label=label)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def plot_history(path, history, names, ylabel, xlabel="epoch"):
-    """Curves over the epochs of what `train` returns. names: dict from its keys to labels."""
+    """Curves over the epochs of a training's history. names: dict from its keys to labels."""
     lines = {label: [epoch[key] for epoch in history] for key, label in names.items()}
     plot_lines(path, range(1, len(history) + 1), lines, xlabel, ylabel)
 
@@ -646,27 +689,16 @@ def plot_maps(path, panels, limits_of):
 
     panels: dict from title to (points N x 2, labels); limits_of: points M x 2, the training map.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5 * len(panels), 6))
     low, high = limits_of.min(0), limits_of.max(0)
     (left, bottom), (right, top) = low - 0.08 * (high - low), high + 0.08 * (high - low)
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, (points, labels)) in zip(grid, panels.items(), strict=True):
-        drawn = axes.scatter(
-            *points.T,
-            c=labels.cpu(),
-            cmap="tab10",
-            vmin=-0.5,
-            vmax=9.5,
-            s=2,
-            alpha=0.5,
-            linewidths=0,
-        )
-        axes.set(title=title, xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
-    handles, _ = drawn.legend_elements(num=range(10))
-    figure.legend(handles, CLASSES, loc="outside lower center", ncols=5)
-    save_figure(figure, path)
+    dots = {"cmap": "tab10", "vmin": -0.5, "vmax": 9.5, "s": 2, "alpha": 0.5, "linewidths": 0}
+    with drawing(path, (6.5 * len(panels), 6)) as figure:
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, (points, labels)) in zip(grid, panels.items(), strict=True):
+            drawn = axes.scatter(*points.T, c=labels.cpu(), **dots)
+            axes.set(title=title, xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
+        handles, _ = drawn.legend_elements(num=range(10))
+        figure.legend(handles, CLASSES, loc="outside lower center", ncols=5)
 
 
 # ---- Question 3: the perturbation ---------------------------------------------------------------
@@ -674,6 +706,7 @@ def plot_maps(path, panels, limits_of):
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}  # as in MoCo v2
 MAX_ROTATION = 5.0  # degrees
 NUM_PIXELS = 10  # of the 32 x 32, in each of which one random channel becomes 1
+PERTURBATION = {**JITTER, "rotation": MAX_ROTATION, "pixels": NUM_PIXELS}  # for the record
 
 
 def perturb(images, generator):
@@ -686,32 +719,33 @@ def perturb(images, generator):
     return set_to_full(rotate(color_jitter(images, *jitter), angles), *full)
 
 
-def draw_perturbation(number, pixels_per_image, generator):
+def draw_perturbation(count, pixels_per_image, generator):
     """What `perturb` draws for so many images, as arguments of its three parts.
 
     (factors, order) for color_jitter, angles for rotate, (channels, pixels) for set_to_full.
     """
-    low = {name: -size if name == "hue" else 1 - size for name, size in JITTER.items()}
-    factors = {
-        name: torch.empty(number).uniform_(
-            low[name], low[name] + 2 * JITTER[name], generator=generator
-        )
-        for name in JITTER
-    }
-    order = torch.rand(number, 4, generator=generator).argsort(1)
-    angles = torch.empty(number).uniform_(-MAX_ROTATION, MAX_ROTATION, generator=generator)
-    pixels = torch.rand(number, pixels_per_image, generator=generator).topk(NUM_PIXELS).indices
-    channels = torch.randint(0, 3, (number, NUM_PIXELS), generator=generator)
+
+    def uniform(low, high):
+        return torch.empty(count).uniform_(low, high, generator=generator)
+
+    factors = {name: uniform(1 - size, 1 + size) for name, size in JITTER.items() if name != "hue"}
+    factors["hue"] = uniform(-JITTER["hue"], JITTER["hue"])
+    order = torch.rand(count, 4, generator=generator).argsort(1)
+    angles = uniform(-MAX_ROTATION, MAX_ROTATION)
+    pixels = torch.rand(count, pixels_per_image, generator=generator).topk(NUM_PIXELS).indices
+    channels = torch.randint(0, 3, (count, NUM_PIXELS), generator=generator)
     return (factors, order), angles, (channels, pixels)
 
 
 def perturbed_images(images, part, seed):
     """The uint8 images of "train", "val" or "test" perturbed, the same way in every question.
 
-    In batches of one size on every device, since a batch draws its numbers together.
+    The batches have one size on every device: what an image draws depends on its place in a batch.
     """
     generator = generator_for(seed, f"perturbed {part}")
-    return in_batches(lambda batch: perturb(as_float(batch), generator), images, EVALUATION_BATCH)
+    return in_batches(
+        lambda batch: perturb(as_float(batch), generator), images, size=EVALUATION_BATCH
+    )
 
 
 def color_jitter(images, factors, order):
@@ -779,7 +813,7 @@ def set_to_full(images, channels, pixels):
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}  # the usual threat models (RobustBench, Croce et al. 2021)
 PGD_STEPS = 20
-PGD_STEP_SIZE = 2 / 255
+PGD_STEP_SIZE = 2 / 255  # for eps = 8/255; a quarter of any other eps
 
 
 def summed_cross_entropy(logits, labels):
@@ -806,18 +840,16 @@ def fgm(model, images, labels, eps, norm="linf", loss=summed_cross_entropy):
     [0, 1]; leaves the model's mode and weights alone. Raises ValueError for an unknown norm and for
     more or fewer labels than images.
     """
-    return attack(model, images, labels, eps, eps, 1, norm, loss)[0]
+    _, gradient = input_gradient(model, images, labels, loss)
+    return fgm_step(images.detach(), gradient, eps, norm)
 
 
-def pgd(model, images, labels, eps, step_size, steps, norm="linf", loss=summed_cross_entropy):
-    """Projected Gradient Descent (Madry et al. 2018): FGM steps, each projected back to eps.
-
-    It starts at the image itself, not at a random point, and so is deterministic. Else as `fgm`.
-    """
-    return attack(model, images, labels, eps, step_size, steps, norm, loss)[0]
+def fgm_step(images, gradient, eps, norm):
+    """FGM's images for a gradient that is known: one serves every eps and norm."""
+    return project(ascend(images, gradient, eps, norm), images, eps, norm)
 
 
-def attack(
+def pgd(
     model,
     images,
     labels,
@@ -826,34 +858,41 @@ def attack(
     steps,
     norm="linf",
     loss=summed_cross_entropy,
-    decide=None,
+    decide=most_likely,
+    start=None,
 ):
-    """PGD, of which FGM is one step of length eps: adversarial images, and who was fooled when.
+    """Projected Gradient Descent (Madry et al. 2018): FGM steps, each projected back to eps.
 
-    With `decide`, an image is attacked no further once it is misclassified, as in AutoAttack (Croce
-    & Hein 2020): sharper than looking at the last step alone, and several times cheaper. Without it
-    every image takes every step. The second result is int64 N: after how many steps an image was
-    first misclassified, steps + 1 if it never was or nothing decides.
+    An image is attacked no further once it is misclassified, as in AutoAttack (Croce & Hein 2020):
+    sharper than looking at the last step alone, and several times cheaper. start: the images at
+    which the attack begins; by default those given, not random points, so that it is deterministic.
+
+    Returns the adversarial images, and int64 N: after how many steps an image was first
+    misclassified, steps + 1 if it never was. Else as `fgm`.
     """
-    adversarial, fooled_after = images.detach().clone(), torch.full_like(labels, steps + 1)
-    batches = _matching_batches(images.detach(), labels, adversarial, fooled_after)
-    for start, target, result, fooled in with_bar(batches, "attack"):
-        alive = torch.arange(len(start), device=start.device)
-        for step in range(steps + 1 if decide else steps):
-            output, gradient = input_gradient(model, result[alive], target[alive], loss)
-            if decide:
-                right = decide(output) == target[alive]
-                fooled[alive[~right]] = step
-                alive, gradient = alive[right], gradient[right]
-            if step == steps or len(alive) == 0:
-                break
-            moved = ascend(result[alive], gradient, step_size, norm)
-            result[alive] = project(moved, start[alive], eps, norm)
+    images = images.detach()
+    adversarial = (images if start is None else start).clone()
+    fooled_after = torch.full_like(labels, steps + 1)
+    alive = torch.arange(len(images), device=images.device)
+    for step in range(steps):
+        output, gradient = input_gradient(model, adversarial[alive], labels[alive], loss)
+        right = decide(output) == labels[alive]
+        fooled_after[alive[~right]] = step
+        alive, gradient = alive[right], gradient[right]
+        if len(alive) == 0:
+            return adversarial, fooled_after
+        moved = ascend(adversarial[alive], gradient, step_size, norm)
+        adversarial[alive] = project(moved, images[alive], eps, norm)
+    with torch.no_grad():
+        right = decide(model(adversarial[alive])) == labels[alive]
+    fooled_after[alive[~right]] = steps
     return adversarial, fooled_after
 
 
 def input_gradient(model, images, labels, loss=summed_cross_entropy):
     """model(images), and the loss's gradient at the images alone: the weights' are not computed."""
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images, but {len(labels)} labels")
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         output = model(images)
@@ -865,7 +904,8 @@ def ascend(images, gradient, length, norm):
     if norm == "linf":
         return images + length * gradient.sign()
     if norm == "l2":
-        # A sure model's gradients are so small that float32 squares them to 0: to size 1 first.
+        # Where a model is sure, its gradients are so small that float32 squares them to 0.
+        # Divided by its largest value, a gradient keeps its direction, and its squares count.
         largest = gradient.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
         gradient = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
         return images + length * (gradient / _l2_norm(gradient).clamp_min(1e-12))
@@ -884,24 +924,6 @@ def _l2_norm(images):
     return images.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
-def under_fgm(function, model, images, labels, loss=summed_cross_entropy):
-    """`function` of the images under L-infinity FGM at EPSILON, batch by batch to spare memory."""
-    return torch.cat(
-        [
-            function(fgm(model, batch, target, EPSILON["linf"], loss=loss))
-            for batch, target in _matching_batches(images, labels)
-        ]
-    )
-
-
-def _matching_batches(*tensors):
-    """List of batches of all tensors together; they are views, through which one can write."""
-    if len({len(tensor) for tensor in tensors}) > 1:
-        raise ValueError(f"{len(tensors[0])} images, but {len(tensors[1])} labels")
-    size = batch_for(tensors[0])
-    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
-
-
 # ---- Question 3: accuracy under attack ----------------------------------------------------------
 
 CHECKED_IMAGES = 1_000  # on which the checks for a flawed attack are made
@@ -911,158 +933,156 @@ STRONGEST_IMAGES = 2_000  # which are attacked on more than one loss
 
 
 def robustness(
-    model,
-    exact,
+    network,
     images,
     perturbed,
     labels,
     seed,
+    precision,
     losses=(summed_cross_entropy, summed_margin),
     decide=most_likely,
 ):
-    """A model's accuracy under every test condition, each attack at EPSILON of its norm.
+    """How a Network does under every test condition, each attack at EPSILON of its norm.
 
-    model and exact: the network, `frozen` in the precision to measure in and, to check that, in
-    float32; losses: FGM and PGD raise the first, the strongest attack raises one after the other.
-    Returns a dict: `accuracy` (by CONDITIONS; L-infinity), `accuracy_l2` (fgm, perturbed_fgm),
-    `pgd_by_step` (see pgd_accuracy_by_step), `by_eps` (accuracy_by_epsilon), `checks`, `warnings`
-    (attack_checks).
+    losses: FGM and PGD raise the first, the strongest attack raises one after the other. Returns
+    three things. A dict of plain values: `accuracy` by CONDITIONS (L-infinity), `accuracy_l2` (fgm,
+    perturbed_fgm), `strongest_images`, `pgd_by_step` (the share that no PGD step has fooled after
+    0, 1, ... steps), `by_eps` (accuracy_by_epsilon), `checks` (attack_checks), `warnings`
+    (attack_warnings). A dict from CONDITIONS to which images are right, "strongest" of the first
+    STRONGEST_IMAGES. And the gradient at the images, from which fgm_step makes FGM's images.
     """
-    attacks, loss = list(EPSILON.items()), losses[0]
-    clean, fgm, fgm_l2 = fgm_accuracies(model, images, labels, attacks, loss, decide)
-    shifted, both, both_l2 = fgm_accuracies(model, perturbed, labels, attacks, loss, decide)
-    by_step = pgd_accuracy_by_step(
-        model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS, loss, decide
-    )
-    strongest = strongest_accuracy(
-        model, images[:STRONGEST_IMAGES], labels[:STRONGEST_IMAGES], losses, decide
-    )
-    values = {
+    model, eps, loss = frozen(network, precision), EPSILON["linf"], losses[0]
+    clean, gradient, under_fgm, fooled_after = attacks_on(model, images, labels, loss, decide)
+    shifted, _, both, _ = attacks_on(model, perturbed, labels, loss, decide)
+    after = fooled_after(eps, PGD_STEP_SIZE)
+    right = {
         "clean": clean,
         "perturbed": shifted,
-        "fgm": fgm,
-        "perturbed_fgm": both,
-        "pgd": by_step[-1],
-        "strongest": strongest,
+        "fgm": under_fgm(eps),
+        "perturbed_fgm": both(eps),
+        "pgd": after > PGD_STEPS,
     }
-    checks, warnings = attack_checks(model, exact, images, labels, values, seed, loss, decide)
-    by_eps = accuracy_by_epsilon(model, images, labels, loss, decide)
-    return {
-        "accuracy": values,
-        "accuracy_l2": {"fgm": fgm_l2, "perturbed_fgm": both_l2},
-        "strongest_images": min(STRONGEST_IMAGES, len(images)),
-        "pgd_by_step": by_step,
-        "by_eps": by_eps,
-        "checks": checks,
-        "warnings": warnings,
-    }
-
-
-def measured_on_test(
-    network, test, args, losses=(summed_cross_entropy, summed_margin), decide=most_likely
-):
-    """`robustness` of a Network on the test part: uint8 images and labels."""
-    images, perturbed = as_float(test[0]), perturbed_images(test[0], "test", args.seed)
-    model, exact = (frozen(network, precision) for precision in (args.precision, "float32"))
-    print(
-        f"Attacks on {len(images)} images: at most "
-        f"{minutes_of_attacks(model, images, test[1], losses[0]):.0f} min",
-        flush=True,
+    right["strongest"] = right_under_strongest(
+        model, images, labels, right["pgd"][:STRONGEST_IMAGES], losses[1:], decide
     )
-    return robustness(model, exact, images, perturbed, test[1], args.seed, losses, decide)
+    exact = model if precision == "float32" else frozen(network)
+    checks = attack_checks(model, exact, images, labels, right, fooled_after, seed, loss, decide)
+    accuracies = {name: share(found) for name, found in right.items()}
+    l2 = {"fgm": under_fgm(EPSILON["l2"], "l2"), "perturbed_fgm": both(EPSILON["l2"], "l2")}
+    measured = {
+        "accuracy": accuracies,
+        "accuracy_l2": {name: share(found) for name, found in l2.items()},
+        "strongest_images": len(right["strongest"]),
+        "pgd_by_step": [share(after > step) for step in range(PGD_STEPS + 1)],
+        "by_eps": accuracy_by_epsilon(right, under_fgm, fooled_after),
+        "checks": checks,
+        "warnings": attack_warnings(accuracies, checks),
+    }
+    return measured, right, gradient
 
 
-def minutes_of_attacks(model, images, labels, loss):
-    """How long `robustness` takes at most, from the time of one batch's gradient."""
-    size, times = batch_for(images), []
-    for _ in range(3):  # the first one prepares the machine, and another program may disturb one
-        started = time.perf_counter()
-        input_gradient(model, images[:size], labels[:size], loss)[1].sum().item()
-        times.append(time.perf_counter() - started)
-    per_image = min(times) / len(images[:size])
-    # On all images FGM, worth five gradients, and PGD; on few the other attacks, all of them PGD.
-    few = 2 * STRONGEST_IMAGES + 3 * CHECKED_IMAGES + len(CURVE_EPSILONS) * CURVE_IMAGES
-    gradients = (5 + PGD_STEPS) * len(images) + PGD_STEPS * min(few, 10 * len(images))
-    return per_image * gradients / 60
+def attacks_on(model, images, labels, loss, decide):
+    """Which images are right, the gradient at them, and two functions that attack them with it.
 
-
-def fgm_accuracies(model, images, labels, attacks, loss=summed_cross_entropy, decide=most_likely):
-    """Accuracy on the images as they are, then under FGM for each (norm, eps) of `attacks`: a list.
-
-    One gradient serves all of them, since its direction does not depend on eps.
+    under_fgm(eps, norm, count): which of the first `count` images (all by default) are right under
+    FGM. fooled_after(eps, step_size, count): int64, after how many of PGD_STEPS L-infinity steps
+    they are first misclassified, PGD_STEPS + 1 if never. One gradient serves FGM in every size and
+    norm, and PGD's first step.
     """
-    correct = [0] * (1 + len(attacks))
-    for batch, target in with_bar(_matching_batches(images, labels), "FGM"):
-        output, gradient = input_gradient(model, batch, target, loss)
-        correct[0] += (decide(output) == target).sum()
-        for number, (norm, eps) in enumerate(attacks, start=1):
-            adversarial = project(ascend(batch, gradient, eps, norm), batch, eps, norm)
-            with torch.no_grad():
-                correct[number] += (decide(model(adversarial)) == target).sum()
-    return [count.item() / len(images) for count in correct]
+    output, gradient = in_batches(
+        partial(input_gradient, model, loss=loss), images, labels, title="gradients"
+    )
+    clean = decide(output) == labels
+
+    def under_fgm(eps, norm="linf", count=None):
+        def right(batch, direction, target):
+            return decide(model(fgm_step(batch, direction, eps, norm))) == target
+
+        return in_batches(right, images[:count], gradient[:count], labels[:count], title="FGM")
+
+    def fooled_after(eps, step_size, count=None):
+        def of(index):
+            start = fgm_step(images[index], gradient[index], step_size, "linf")
+            rest = eps, step_size, PGD_STEPS - 1, "linf", loss, decide, start
+            return 1 + pgd(model, images[index], labels[index], *rest)[1]
+
+        after = torch.zeros_like(labels[:count])
+        index = clean[:count].nonzero()[:, 0]
+        after[index] = in_batches(of, index, size=batch_size_for(images), title="PGD")
+        return after
+
+    return clean, gradient, under_fgm, fooled_after
 
 
-def pgd_accuracy_by_step(
-    model, images, labels, eps, step_size, steps, loss=summed_cross_entropy, decide=most_likely
-):
-    """Share of images that no L-infinity PGD step has fooled after 0, 1, ..., `steps`: a list."""
-    _, fooled_after = attack(model, images, labels, eps, step_size, steps, "linf", loss, decide)
-    return [(fooled_after > step).sum().item() / len(images) for step in range(steps + 1)]
+def right_under_strongest(model, images, labels, survivors, losses, decide):
+    """Which of the first images PGD in L-infinity at EPSILON fools on none of the losses: bool.
+
+    survivors: which of them an attack before has left; each loss attacks what the ones before it
+    have left. Cross-entropy alone overstates: its gradient vanishes where the model is sure, that
+    of a margin does not (Carlini & Wagner 2017).
+    """
+    survivors = survivors.clone()
+    for loss in losses:
+        rest = EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS, "linf", loss, decide
+
+        def right(index, rest=rest):
+            return pgd(model, images[index], labels[index], *rest)[1] > PGD_STEPS
+
+        index = survivors.nonzero()[:, 0]
+        survivors[index] = in_batches(right, index, size=batch_size_for(images), title="strongest")
+    return survivors
 
 
-def accuracy_by_epsilon(model, images, labels, loss, decide):
+def accuracy_by_epsilon(right, under_fgm, fooled_after):
     """Accuracy on the first CURVE_IMAGES under L-infinity FGM and PGD at 0 and CURVE_EPSILONS.
 
-    PGD's step stays the same share of epsilon. Returns a dict of lists `eps`, `fgm` and `pgd`, and
-    `images`, their number.
+    right: as `robustness` returns it; the functions: of attacks_on. PGD's step stays the same share
+    of epsilon. Returns a dict of lists `eps`, `fgm` and `pgd`, and `images`, their number.
     """
-    images, labels = images[:CURVE_IMAGES], labels[:CURVE_IMAGES]
-    attacks = [("linf", eps) for eps in CURVE_EPSILONS]
-    fgm = fgm_accuracies(model, images, labels, attacks, loss, decide)
-    share = PGD_STEP_SIZE / EPSILON["linf"]
-    pgd = [
-        pgd_accuracy_by_step(model, images, labels, eps, share * eps, PGD_STEPS, loss, decide)
-        for eps in CURVE_EPSILONS
-    ]
-    return {
-        "eps": [0, *CURVE_EPSILONS],
-        "fgm": fgm,
-        "pgd": [fgm[0], *(by[-1] for by in pgd)],
-        "images": len(images),
-    }
+    clean = share(right["clean"][:CURVE_IMAGES])
+    curve = {"eps": [0, *CURVE_EPSILONS], "fgm": [clean], "pgd": [clean]}
+    for eps in CURVE_EPSILONS:
+        if eps == EPSILON["linf"]:
+            found = {name: right[name][:CURVE_IMAGES] for name in ("fgm", "pgd")}
+        else:
+            after = fooled_after(eps, eps * PGD_STEP_SIZE / EPSILON["linf"], CURVE_IMAGES)
+            found = {"fgm": under_fgm(eps, count=CURVE_IMAGES), "pgd": after > PGD_STEPS}
+        for name in found:
+            curve[name].append(share(found[name]))
+    return {**curve, "images": len(right["clean"][:CURVE_IMAGES])}
 
 
-def strongest_accuracy(model, images, labels, losses, decide):
-    """Share of images that PGD in L-infinity at EPSILON fools on none of the losses.
+def attack_checks(model, exact, images, labels, right, fooled_after, seed, loss, decide):
+    """What tells whether an attack is flawed, on the first CHECKED_IMAGES images: accuracies.
 
-    Each loss attacks what the ones before have left. Cross-entropy alone overstates: its gradient
-    vanishes where the model is sure, that of a margin does not (Carlini & Wagner 2017).
-    """
-    number = len(images)
-    for loss in losses:
-        _, fooled_after = attack(
-            model, images, labels, EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS, "linf", loss, decide
-        )
-        images, labels = images[fooled_after > PGD_STEPS], labels[fooled_after > PGD_STEPS]
-    return len(images) / number
-
-
-def attack_checks(model, exact, images, labels, values, seed, loss, decide):
-    """Signs that robust accuracy is too good to be true (Athalye et al. 2018; Carlini et al. 2019).
-
-    values: `accuracy` on all images; else as in `robustness`. Returns a dict of accuracies on the
-    first CHECKED_IMAGES images: under noise of FGM's size, under PGD with eps = 1, under FGM as
-    measured and with gradients of the exact model; and a list of warnings, one sentence each.
+    Under noise of FGM's size, under PGD with eps = 1, and under FGM and PGD, as measured and in
+    float32. exact: the model in float32, or the model itself where that is what was measured.
+    right: as `robustness` returns it; fooled_after: of attacks_on.
     """
     images, labels = images[:CHECKED_IMAGES], labels[:CHECKED_IMAGES]
     noisy = random_noise(images, EPSILON["linf"], generator_for(seed, "noise"))
-    noise = accuracy(decide(in_batches(model, noisy)), labels)
-    unbounded = pgd_accuracy_by_step(model, images, labels, 1.0, 0.1, PGD_STEPS, loss, decide)[-1]
-    linf = [("linf", EPSILON["linf"])]
-    measured, in_float32 = (
-        fgm_accuracies(network, images, labels, linf, loss, decide)[1] for network in (model, exact)
-    )
-    fgm, pgd = values["fgm"], values["pgd"]
+    unbounded = fooled_after(1.0, 0.1, CHECKED_IMAGES) > PGD_STEPS
+    found = {name: share(right[name][:CHECKED_IMAGES]) for name in ("fgm", "pgd")}
+    in_float32 = found
+    if exact is not model:
+        *_, under_fgm, fooled_after = attacks_on(exact, images, labels, loss, decide)
+        after = fooled_after(EPSILON["linf"], PGD_STEP_SIZE)
+        in_float32 = {"fgm": share(under_fgm(EPSILON["linf"])), "pgd": share(after > PGD_STEPS)}
+    return {
+        "images": len(images),
+        "noise": accuracy(decide(in_batches(model, noisy)), labels),
+        "pgd_eps_1": share(unbounded),
+        **found,
+        **{f"{name}_float32": value for name, value in in_float32.items()},
+    }
+
+
+def attack_warnings(accuracies, checks):
+    """Signs that robust accuracy is too good to be true (Athalye et al. 2018; Carlini et al. 2019).
+
+    accuracies: by CONDITIONS; checks: see attack_checks. Returns a list of sentences.
+    """
+    clean, fgm, pgd = (accuracies[name] for name in ("clean", "fgm", "pgd"))
     signs = [
         (
             pgd > fgm,
@@ -1070,34 +1090,31 @@ def attack_checks(model, exact, images, labels, values, seed, loss, decide):
             "the gradients may be masked.",
         ),
         (
-            fgm - pgd > 0.1 and fgm > 0.5 * values["clean"],
-            f"FGM ({percent(fgm)}) is far weaker than PGD ({percent(pgd)}): its accuracy says little "
-            "about robustness (catastrophic overfitting looks like this).",
+            fgm - pgd > 0.1 and fgm > 0.5 * clean,
+            f"FGM ({percent(fgm)}) is far weaker than PGD ({percent(pgd)}): its accuracy says "
+            "little about robustness (catastrophic overfitting looks like this).",
         ),
         (
-            noise <= measured,
-            f"Random noise (accuracy {percent(noise)}) hurts as much as FGM "
-            f"({percent(measured)}) on the same images.",
+            checks["noise"] <= checks["fgm"],
+            f"Random noise (accuracy {percent(checks['noise'])}) hurts as much as FGM "
+            f"({percent(checks['fgm'])}) on the same images.",
         ),
         (
-            unbounded > 1 / len(CLASSES),
-            f"Accuracy is {percent(unbounded)} under PGD with eps = 1, "
-            "where none should be above chance.",
-        ),
-        (
-            measured - in_float32 > 0.01,
-            f"FGM leaves {percent(measured)}, but {percent(in_float32)} with gradients in float32: "
-            "rounding weakens the attack; measure again with --precision float32.",
+            checks["pgd_eps_1"] > 1 / len(CLASSES),
+            f"Accuracy is {percent(checks['pgd_eps_1'])} under PGD with eps = 1, where none should "
+            "be above chance.",
         ),
     ]
-    checks = {
-        "noise": noise,
-        "pgd_eps_1": unbounded,
-        "fgm": measured,
-        "fgm_float32": in_float32,
-        "images": len(images),
-    }
-    return checks, [sentence for suspicious, sentence in signs if suspicious]
+    for name, title in (("fgm", "FGM"), ("pgd", "PGD")):
+        found, in_float32 = checks[name], checks[f"{name}_float32"]
+        signs.append(
+            (
+                found - in_float32 > 0.01,
+                f"{title} leaves {percent(found)}, but {percent(in_float32)} with gradients in "
+                "float32: rounding weakens the attack; measure again with --precision float32.",
+            )
+        )
+    return [sentence for suspicious, sentence in signs if suspicious]
 
 
 def random_noise(images, eps, generator):
@@ -1113,69 +1130,25 @@ def plot_examples(
 
     model: `frozen`. Above each image stands its predicted class, green when right, red when wrong.
     """
-    from matplotlib.figure import Figure
-
-    attacked, both = (
-        fgm(model, given, labels, EPSILON["linf"], loss=loss) for given in (images, perturbed)
-    )
+    eps, scale = EPSILON["linf"], 8
+    attacked, both = (fgm(model, given, labels, eps, loss=loss) for given in (images, perturbed))
     rows = {"original": images, "perturbed": perturbed, "FGM": attacked, "perturbed\n+ FGM": both}
     predictions = {title: decide(in_batches(model, row)) for title, row in rows.items()}
-    rows["FGM's change\n(16 times)"] = (0.5 + 16 * (attacked - images)).clamp(0, 1)
-    figure = Figure(figsize=(1.25 * len(labels), 1.45 * len(rows)))
-    grid = figure.subplots(len(rows), len(labels), squeeze=False)
-    for line, (title, row) in zip(grid, rows.items(), strict=True):
-        line[0].set_ylabel(title, rotation=0, ha="right", va="center")
-        for column, axes in enumerate(line):
-            axes.imshow(row[column].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            if title in predictions:
-                predicted, true = int(predictions[title][column]), int(labels[column])
-                axes.set_title(
-                    CLASSES[predicted],
-                    fontsize=8,
-                    color="tab:green" if predicted == true else "tab:red",
-                )
-    save_figure(figure, path)
-
-
-# ---- Question 6: the k-NN vote ------------------------------------------------------------------
-
-KNN_BATCH = 1000  # embeddings at once: their matrix product is faster than that of fewer
-
-
-def knn_predict(train_embeddings, train_labels, embeddings, k):
-    """Majority vote of the k nearest training embeddings (Euclidean): int64 N; ties: smaller label.
-
-    train_embeddings M x D, train_labels int64 M, embeddings N x D. Raises ValueError unless
-    1 <= k <= M.
-    """
-    if not 1 <= k <= len(train_embeddings):
-        raise ValueError(f"k is {k}, but there are {len(train_embeddings)} training embeddings")
-    _, nearest = nearest_neighbours(embeddings, k, train_embeddings)
-    votes = torch.zeros(len(nearest), int(train_labels.max()) + 1, device=nearest.device)
-    one_each = torch.ones_like(nearest, dtype=votes.dtype)
-    return votes.scatter_add_(1, train_labels[nearest], one_each).argmax(1)
-
-
-def nearest_neighbours(queries, k, reference):
-    """Exact Euclidean k-NN, nearest first: distances N x k and indices N x k into `reference`."""
-    centre = reference.mean(0)  # far from the origin, the squares below would swamp the distances
-    reference = reference - centre
-    lengths, found = reference.square().sum(1), []
-    for batch in (queries - centre).split(KNN_BATCH):
-        # |q - r|^2 = |r|^2 - 2 q r + |q|^2, of which the last does not change the order.
-        squares, indices = torch.addmm(lengths, batch, reference.T, alpha=-2).topk(k, largest=False)
-        own = batch.square().sum(1, keepdim=True)
-        found.append(((squares + own).clamp_min(0).sqrt(), indices))
-    distances, indices = zip(*found, strict=True)
-    return torch.cat(distances), torch.cat(indices)
+    rows[f"FGM's change\n({scale} times)"] = (0.5 + scale * (attacked - images)).clamp(0, 1)
+    with drawing(path, (1.25 * len(labels), 1.45 * len(rows))) as figure:
+        grid = figure.subplots(len(rows), len(labels), squeeze=False)
+        for line, (title, row) in zip(grid, rows.items(), strict=True):
+            line[0].set_ylabel(title, rotation=0, ha="right", va="center")
+            for column, axes in enumerate(line):
+                axes.imshow(row[column].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                if title in predictions:
+                    predicted, true = int(predictions[title][column]), int(labels[column])
+                    colour = "tab:green" if predicted == true else "tab:red"
+                    axes.set_title(CLASSES[predicted], fontsize=8, color=colour)
 
 
 # ==== Housekeeping: nothing below changes a number ===============================================
-
-
-# What reading metrics of another form than ours may raise.
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 class UserError(Exception):
@@ -1184,35 +1157,24 @@ class UserError(Exception):
 
 def run(main):
     """Call `main()`; a user's mistake ends in one line and status 2, Ctrl-C in one and 130."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a notebook's, or one that was closed
-            stream.reconfigure(errors="backslashreplace")  # names beyond what it can show
     try:
         main()
-        if sys.stdout:  # None where it was closed
-            sys.stdout.flush()
     except UserError as error:
-        print("error:", one_line(error), file=sys.stderr)
-        sys.exit(2)
+        stop(error)
     except torch.OutOfMemoryError:
-        print(
-            "error: the GPU's memory is full; close what else uses it (nvidia-smi lists that), "
-            "or give --device cpu",
-            file=sys.stderr,
+        stop(
+            "the GPU's memory is full; close what else uses it (nvidia-smi lists that), "
+            "or give --device cpu"
         )
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except KeyboardInterrupt:
-        again = shlex.join(["python", *(word for word in sys.argv if word != "--fresh")])
-        print(
-            "\nInterrupted. Training is kept but for its last seconds; go on with:",
-            one_line(again),
-            file=sys.stderr,
-        )
+        print("\nInterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def stop(message):
+    """End with one line on stderr and status 2."""
+    print("error:", one_line(message), file=sys.stderr)
+    sys.exit(2)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -1230,22 +1192,8 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)}; see python {self.prog} --help\n")
 
 
-RECIPE_HELP = {
-    "epochs": "passes over the training images (by stem, below)",
-    "batch_size": "images per step",
-    "lr": "peak learning rate",
-    "lr_perturbed": "that of the model trained without FGM",
-    "noise": "before the FGM step in training, in epsilons; more where val_pgd collapses",
-    "trivial_augment": "change colour or geometry of every training image at random",
-}
-
-
-def argument_parser(docstring, recipes=None):
-    """Parser with the flags of every script; its --help shows the docstring and the recipes.
-
-    recipes: for a script that trains, a dict from stem to a dict of settings, each of which gets a
-    flag to override it.
-    """
+def argument_parser(docstring):
+    """Parser with the flags of every script; its --help shows the docstring."""
 
     def folder(text):
         return Path(os.path.expanduser(text))  # in `--data=~/cifar` the shell leaves ~ as it is
@@ -1286,29 +1234,30 @@ def argument_parser(docstring, recipes=None):
         action="store_true",
         help="tiny subset, few epochs: shows that everything works, its numbers mean nothing",
     )
-    if recipes:
-        add("--fresh", action="store_true", help="start over instead of going on where it ended")
-        for name, value in recipes["stride2"].items():
-            kind = (
-                {"action": argparse.BooleanOptionalAction}
-                if isinstance(value, bool)
-                else {
-                    "type": between(int, 1, 10**6)
-                    if isinstance(value, int)
-                    else between(float, 1e-9, 1e9)
-                }
-            )
-            add("--" + name.replace("_", "-"), **kind, help=RECIPE_HELP[name])
-        rows = [[stem, *map(str, recipe.values())] for stem, recipe in recipes.items()]
-        table = table_lines(["stem", *recipes["stride2"]], rows)
-        parser.epilog = "\n".join(["The recipe of each stem:", *table])
+    return parser
+
+
+def training_parser(docstring, recipes):
+    """The same with the flags of every training; its --help shows the recipes, too.
+
+    recipes: dict from stem to a dict of settings.
+    """
+    parser = argument_parser(docstring)
+    add = parser.add_argument
+    add("--fresh", action="store_true", help="start over instead of going on where it ended")
+    add("--epochs", type=between(int, 1, 10**6), help="passes over the training images")
+    add("--batch-size", type=between(int, 1, 10**6), help="images per step")
+    add("--lr", type=between(float, 1e-9, 1e9), help="peak learning rate")
+    rows = [[stem, *map(str, recipe.values())] for stem, recipe in recipes.items()]
+    table = table_lines(["stem", *recipes["stride2"]], rows)
+    parser.epilog = "\n".join(["What a flag leaves open is as in the stem's recipe:", *table])
     return parser
 
 
 def parse_arguments(parser):
     """Parse sys.argv and settle what depends on the machine: results folder, device, precision.
 
-    Raises UserError for a device that this machine lacks or a results folder that is read-only.
+    Raises UserError for a device that this machine lacks.
     """
     args = parser.parse_args()
     torch.backends.fp32_precision = "ieee"  # not TF32, to which cuDNN rounds of its own accord
@@ -1326,7 +1275,6 @@ def parse_arguments(parser):
         args.device = next(device for device in present if present[device])
     if args.precision == "auto":
         args.precision = best_precision(args.device)
-    require_room(args.results, 10**6)
     return args
 
 
@@ -1340,20 +1288,6 @@ def _cuda_works():
         reason = str(error).partition("\n")[0]
         print(one_line(f"The GPU stays unused, since PyTorch cannot: {reason}"), file=sys.stderr)
         return False
-
-
-def require_room(folder, number_of_bytes):
-    """Raise UserError unless so much can be written there: not found out after an hour's work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(number_of_bytes))
-            probe.flush()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {number_of_bytes / 1e6:.0f} MB in {folder}: "
-            f"{error.strerror}; make room or give another --results"
-        ) from error
 
 
 def best_precision(device):
@@ -1371,10 +1305,11 @@ def choose_recipe(args, recipes, stem, question, split, **constants):
 
     The row of `recipes` for the stem, its entries overridden by the flags of their names; the
     script's own constants; the optimiser's; and seed, precision and device. It goes as it is to
-    `train`, to the resume check, into the checkpoint and into metrics.json.
+    `train`, to the check before a training goes on, into the checkpoint and into metrics.json.
     """
     row = {**recipes[stem], **({"epochs": 2} if args.quick else {})}
     flags = {name: getattr(args, name) for name in row if getattr(args, name, None) is not None}
+    machine = {"seed": args.seed, "precision": args.precision, "device": args.device}
     return {
         "question": question,
         "stem": stem,
@@ -1382,11 +1317,9 @@ def choose_recipe(args, recipes, stem, question, split, **constants):
         **row,
         **flags,
         **constants,
-        "seed": args.seed,
-        "precision": args.precision,
-        "device": args.device,
+        **machine,
         "split_sha256": split["sha256"],
-        "torch": str(torch.__version__),
+        "torch": torch.__version__.partition("+")[0],  # without its build, such as +cpu
     }
 
 
@@ -1403,19 +1336,49 @@ def between(kind, low, high):
     return parse
 
 
-def script_command(question, args):
-    """The command line that makes a question's results with these flags, for error messages."""
-    script = {
-        "q1": "q1_split.py",
-        "q2": "q2_train_ce.py",
-        "q3": "q3_attack.py",
-        "q4": "q4_adv_train.py",
-        "q6": "q6_angular.py",
-    }[question]
-    data = [] if args.data == Path("data") else ["--data", str(args.data)]
-    seed = ["--seed", str(args.seed)] if args.seed and question != "q1" else []
-    quick = ["--quick"] if args.quick else []
-    return shlex.join(["python", script, *data, "--results", str(args.results), *seed, *quick])
+SCRIPTS = {
+    "q1": "q1_split.py",
+    "q2": "q2_train_ce.py",
+    "q3": "q3_attack.py",
+    "q4": "q4_adv_train.py",
+    "q5": "report.py",
+    "q6": "q6_angular.py",
+}
+
+
+def command_for(path):
+    """The command that makes a file of a results folder, such as results/q2/model.pt.
+
+    It names the Python that runs, and can be pasted. For a file of the running script it is the
+    command that runs, with --fresh for the state of a training; for another's, that script with
+    those flags of the running one that every script has.
+    """
+    path = Path(path)
+    script = SCRIPTS.get(path.parent.name, "the script of its question")
+    if Path(sys.argv[0]).name == script:
+        fresh = ["--fresh"] if path == state_file_of(path) else []
+        words = [*(word for word in sys.argv[1:] if word != "--fresh"), *fresh]
+    else:
+        args, _ = argument_parser("").parse_known_args()
+        data = ["--data", args.data] if args.data != Path("data") else []
+        seed = ["--seed", args.seed] if args.seed and script != SCRIPTS["q1"] else []
+        quick = ["--quick"] if args.quick else []
+        words = [*data, "--results", path.parent.parent, *seed, *quick]
+    here = [_from_here(sys.executable), _from_here(Path(__file__).with_name(script))]
+    return _quoted([*here, *words])
+
+
+def _from_here(path):
+    """A path as it is shortest from the present folder."""
+    with contextlib.suppress(ValueError):
+        return Path(path).relative_to(Path.cwd())
+    return path
+
+
+def _quoted(words):
+    """Words as a command line that the user's shell takes back."""
+    words = list(map(str, words))
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def with_bar(batches, title):
@@ -1431,42 +1394,51 @@ def with_bar(batches, title):
 
 
 def write_file(path, content):
-    """Write bytes so that `path` holds all of them or what it held before, whenever the power goes.
+    """Write bytes so that `path` holds all of them or what it held before.
 
     Raises UserError when the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial_file = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-            stale.unlink()  # of a process that was killed
-        with open(partial, "xb") as file:  # exclusively: never through a link that lies there
+        partial_file.unlink(missing_ok=True)  # of a process that was killed
+        with open(partial_file, "xb") as file:  # exclusively: never through a link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        _replace(partial_file, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial_file.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {error.strerror}; make room or give another "
-            "--results, then run the same command again"
+            f"cannot write {path}: {error.strerror}; make room or give another --results, then "
+            "run the same command again"
         ) from error
-    with contextlib.suppress(OSError):  # some systems cannot, and need not, flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+
+
+def _replace(source, target):
+    """os.replace, for some seconds: on Windows a virus scanner may hold a file for a moment."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.2)
+    os.replace(source, target)
 
 
 MAX_BYTES = 250_000_000  # a training's state, the largest of our files, has 180 MB
+DAMAGE = (  # what numpy, torch and json raise for a file that is not what it should be
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 @contextlib.contextmanager
-def opened(path, made_by):
-    """A file that one of our commands has made, as a stream of its bytes.
+def opened(path):
+    """A file of a results folder, as a stream of its bytes.
 
-    Whatever goes wrong while it is read and looked at ends in a UserError with that command.
+    A file that is missing, too large, or not what the block takes it for ends in a UserError with
+    the command that makes it.
     """
     try:
         found = os.stat(path)
@@ -1480,37 +1452,14 @@ def opened(path, made_by):
         content.seek(0)
         yield content
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; make it with: {made_by}") from error
-    except UserError:
-        raise
-    except Exception as error:  # numpy and torch raise dozens of kinds for damaged files
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; make it with: {command_for(path)}"
+        ) from error
+    except DAMAGE as error:
         reason = one_line(f"{type(error).__name__}: {error}", 200)
         raise UserError(
-            f"{path} is damaged or not ours ({reason}); make it again with: {made_by}"
+            f"{path} is damaged or not ours ({reason}); make it again with: {command_for(path)}"
         ) from error
-
-
-@contextlib.contextmanager
-def only_one(folder):
-    """Hold a lock on the folder. Raises UserError when another process holds it.
-
-    Nothing is locked where the system has no such locks (Windows, some network shares).
-    """
-    with contextlib.ExitStack() as held:
-        try:
-            import fcntl
-
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is training in {folder}; wait for it, or give another --results"
-            ) from error
-        except (ImportError, OSError):
-            pass
-        yield
 
 
 def sha256(*contents):
@@ -1519,11 +1468,10 @@ def sha256(*contents):
 
 
 def write_torch(path, content):
-    """Write tensors and plain values in torch's format; returns the file's SHA-256."""
+    """Write tensors and plain values in torch's format."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getbuffer())
-    return sha256(buffer.getbuffer())
 
 
 def load_torch(content):
@@ -1534,76 +1482,82 @@ def load_torch(content):
     return torch.load(content, map_location="cpu", weights_only=True)
 
 
-def refuse_unlike(weights, expected):
-    """Raise ValueError unless the weights have expected names, types and shapes, and are finite."""
-    for name, tensor in expected.items():
-        found = weights[name]
-        if (found.dtype, found.layout, found.shape) != (tensor.dtype, tensor.layout, tensor.shape):
-            raise ValueError(f"{name} is of another type or shape")
-        if not found.isfinite().all():
-            raise ValueError(f"{name} is not finite")
-
-
 # ---- Checkpoints --------------------------------------------------------------------------------
+
+
+def weights_sha256(weights):
+    """SHA-256 over names, types, shapes and bytes of a state dict.
+
+    It stands for the model in all results, whatever file holds the weights.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(path, model, *, stem, provenance):
     """Write a model's weights, what `load_checkpoint` needs to build it, and where it comes from.
 
-    provenance: dict of plain values as `provenance()` returns it. Returns the file's SHA-256.
+    provenance: dict of plain values as `provenance()` returns it. A file that holds the same stays
+    as it is. Returns the SHA-256 of the weights.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    return write_torch(
-        path,
-        {
-            "stem": stem,
-            "num_outputs": model.head.out_features,
-            "provenance": provenance,
-            "weights": weights,
-        },
-    )
+    head = {"stem": stem, "num_outputs": model.head.out_features, "provenance": provenance}
+    digest = weights_sha256(weights)
+    with contextlib.suppress(UserError):
+        before = read_checkpoint(path)
+        if (before["sha256"], before["provenance"]) == (digest, provenance):
+            return digest
+    write_torch(path, {**head, "weights": weights})
+    return digest
 
 
-def save_trained(folder, name, model, history, recipe, origin, guard=None):
+def save_trained(path, model, training, guard=None):
     """Write a trained model's checkpoint; returns what metrics.json says of how it was made.
 
-    The numbers of an older model go first, so that they never stand beside the new one's curves.
+    training: what `train` returns. The numbers of an older model go first, so that they never stand
+    beside the new one's curves.
     """
-    (folder / "metrics.json").unlink(missing_ok=True)
-    digest = save_checkpoint(
-        folder / f"{name}.pt", model, stem=recipe["stem"], provenance={**origin, "recipe": recipe}
-    )
-    seconds = round(sum(epoch["seconds"] for epoch in history), 2)
+    path.with_name("metrics.json").unlink(missing_ok=True)
+    recipe, history = training["recipe"], training["history"]
+    provenance = {**training["origin"], "recipe": recipe}
+    digest = save_checkpoint(path, model, stem=recipe["stem"], provenance=provenance)
     return {
-        "file": f"{name}.pt",
+        "file": path.name,
         "sha256": digest,
         "recipe": recipe,
         "history": history,
         "epoch_kept": kept_epoch(history, guard),
-        "training_seconds": seconds,
+        "training_seconds": round(sum(epoch["seconds"] for epoch in history), 2),
+        **{key: training["origin"][key] for key in ("git_commit", "code_sha256")},
+        "notes": training["notes"],
     }
 
 
-def read_checkpoint(path, made_by="the script of its question", split=None):
+def read_checkpoint(path, split=None):
     """A checkpoint as a dict: `model` (a Network in eval mode), `stem`, `provenance`, `sha256`.
 
-    Raises UserError when the file is missing, damaged, not a checkpoint of ours, or of another
-    split than the given one.
+    The last is that of the weights. Raises UserError when the file is missing, damaged, not a
+    checkpoint of ours, or of another split than the given one.
     """
-    with opened(path, made_by) as content:
+    with opened(path) as content:
         checkpoint = load_torch(content)
         if not 1 <= checkpoint["num_outputs"] <= 1000:
             raise ValueError("a network of that size could fill the memory")
         with torch.random.fork_rng(devices=[]):
             model = resnet18(checkpoint["num_outputs"], checkpoint["stem"]).eval()
-        refuse_unlike(checkpoint["weights"], model.state_dict())
         model.load_state_dict(checkpoint["weights"])
-        origin, digest = dict(checkpoint["provenance"]), sha256(content.getbuffer())
-        if split and origin.get("split_sha256") != split["sha256"]:
-            raise UserError(
-                f"{path} was trained on another split, so test images may be among its "
-                f"training images; make the right one with: {made_by}"
-            )
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
+        origin = dict(checkpoint["provenance"])
+    if split and origin.get("split_sha256") != split["sha256"]:
+        raise UserError(
+            f"{path} was trained on another split, so test images may be among its training "
+            f"images; make the right one with: {command_for(path)}"
+        )
+    digest = weights_sha256(model.state_dict())
     return {"model": model, "stem": checkpoint["stem"], "provenance": origin, "sha256": digest}
 
 
@@ -1617,12 +1571,12 @@ def load_checkpoint(path):
 
 def require_model(args, split):
     """Question 2's checkpoint, as read_checkpoint returns it, with its model on args.device."""
-    path, made_by = args.results / "q2" / "model.pt", script_command("q2", args)
-    checkpoint = read_checkpoint(path, made_by, split)
+    path = args.results / "q2" / "model.pt"
+    checkpoint = read_checkpoint(path, split)
     question = checkpoint["provenance"].get("question")
     if question != "q2":
         raise UserError(
-            f"{path} belongs to question {question}; make the right one with: {made_by}"
+            f"{path} belongs to question {question}; make the right one with: {command_for(path)}"
         )
     checkpoint["model"].to(args.device)
     return checkpoint
@@ -1640,47 +1594,73 @@ def timed(seconds, stage):
     print(f"{stage}: {seconds[stage]:.0f} s", file=sys.stderr, flush=True)
 
 
-def provenance(args, question, split, parents=()):
-    """What an artefact was made from, parents (SHA-256 of checkpoints) included: plain values."""
+def provenance(args, question, split, **more):
+    """What results were made from and on: a dict of plain values, with those of `more`.
+
+    Results in one report must agree in `quick`, `split_sha256` and, where they have them, in
+    `seed`, `stem` and `q2_sha256` (the weights of question 2 that they are about).
+    """
     import torchvision
 
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-    }
-    hardware = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{torch.get_num_threads()} of {os.cpu_count()} processors"
-    )
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+    cpu += f"{torch.get_num_threads()} of {os.cpu_count()} processors"
     return {
         "question": question,
         "quick": args.quick,
-        "seed": args.seed,
-        "device": args.device,
-        "hardware": hardware,
-        "precision": args.precision,
         "split_sha256": split["sha256"],
-        "parent_sha256": list(parents),
-        "versions": versions,
-        "git_commit": commit,
+        **more,
+        "device": args.device,
+        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        "precision": args.precision,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+        "git_commit": _git_commit(),
+        "code_sha256": code_sha256(SCRIPTS[question]),
     }
+
+
+def _git_commit():
+    """The commit of the repository that tracks this file, "-dirty" where it has changed; or ""."""
+    here = Path(__file__)
+    git = ["git", "-C", here.parent]
+    try:
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", here.name], capture_output=True
+        )
+        if tracked.returncode:
+            return ""
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
+
+
+def code_sha256(script):
+    """SHA-256 of a script and of this file: of their syntax trees without docstrings.
+
+    So comments and layout do not count either.
+    """
+    trees = []
+    for name in (script, Path(__file__).name):
+        tree = ast.parse(Path(__file__).with_name(name).read_bytes())
+        for node in ast.walk(tree):
+            documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            if isinstance(node, documented) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        trees.append(ast.dump(tree).encode())
+    return sha256(*trees)
 
 
 def write_metrics(folder, origin, metrics):
     """Write metrics.json, a script's last file: provenance first, then the question's own numbers.
 
-    With them the SHA-256 of the question's figures, so that no others come to stand beside them.
-    A question that measures models has them under `models`: a dict from the name that tables show
-    to a dict with `accuracy` by condition and whatever else was measured.
+    With them the SHA-256 of the question's figures, which tell whether a figure is of this run. A
+    question that measures models has them under `models`: a dict from the name that tables show to
+    a dict with `accuracy` by condition and whatever else was measured.
     """
     figures = {path.name: sha256(path.read_bytes()) for path in sorted(folder.glob("*.png"))}
     metrics = {**origin, **metrics, "figures": figures, "peak_memory_mib": _peak_memory_mib()}
@@ -1698,40 +1678,43 @@ def _peak_memory_mib():
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
-def read_metrics(path, made_by):
+def read_metrics(path):
     """A question's metrics.json as a dict. Raises UserError when it is missing or damaged."""
-    with opened(path, made_by) as content:
+    with opened(path) as content:
         return dict(json.load(content))
 
 
-def metrics_found(args, questions):
+def metrics_found(results, questions):
     """The metrics of those of the questions that have been run: dict from question to metrics."""
-    paths = {question: args.results / question / "metrics.json" for question in questions}
-    return {
-        question: read_metrics(path, script_command(question, args))
-        for question, path in paths.items()
-        if path.exists()
-    }
+    paths = {question: results / question / "metrics.json" for question in questions}
+    return {question: read_metrics(path) for question, path in paths.items() if path.exists()}
 
 
-def measured_before(args, split):
-    """What questions 3 and 4 measured under the same conditions: dict from model to its numbers.
+def write_right(folder, models):
+    """Write right.npz: under which conditions a model was right about which test images.
 
-    Questions that have not been run are left out. Raises UserError for results of another split.
+    models: dict from model to a dict from CONDITIONS to bool tensors, in the order of the split.
     """
+    arrays = {
+        f"{name}/{condition}": found.cpu().numpy()
+        for name, right in models.items()
+        for condition, found in right.items()
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_file(folder / "right.npz", buffer.getvalue())
+
+
+def read_right(path):
+    """What write_right has written, with bool arrays. Raises UserError for any other file."""
     models = {}
-    for question in ("q3", "q4"):
-        path, made_by = args.results / question / "metrics.json", script_command(question, args)
-        if path.exists():
-            with opened(path, made_by) as content:
-                metrics = json.load(content)
-                if metrics.get("split_sha256") != split["sha256"]:
-                    raise UserError(f"{path} is of another split; make it again with: {made_by}")
-                # What will be printed and drawn in an hour is tried now.
-                condition_rows(metrics["models"])
-                for name, model in metrics["models"].items():
-                    torch.tensor([model["by_eps"][key] for key in ("eps", "fgm", "pgd")]).float()
-                    models[name] = {**model, "warnings": list(map(str, model["warnings"]))}
+    with opened(path) as content, np.load(content, allow_pickle=False) as arrays:
+        for key in arrays:
+            name, condition = key.rsplit("/", 1)
+            found = arrays[key]
+            if found.dtype != bool or found.ndim != 1:
+                raise ValueError(f"{key} is no list of yes and no")
+            models.setdefault(name, {})[condition] = found
     return models
 
 
@@ -1763,9 +1746,9 @@ def condition_rows(models):
     return header, rows
 
 
-def standard_error(share, number):
+def standard_error(share, images):
     """Of an accuracy on so many images (binomial)."""
-    return math.sqrt(share * (1 - share) / number)
+    return math.sqrt(share * (1 - share) / images)
 
 
 def print_conditions(title, models):

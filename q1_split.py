@@ -8,6 +8,8 @@ instead: 10,000 of its 50,000 training images to train, the other 40,000 to vali
 CIFAR-10 is known to hold the same picture more than once. How many test images have an exact or a
 near duplicate among the training images is counted, so that a reader can judge how much leaks.
 
+Takes ten seconds on two cores.
+
 Reads   data/cifar-10-batches-py (fetched if absent)
 Writes  results/q1: split.npz, figure01_train_labels.png, figure02_held_out_labels.png, metrics.json
 Run     python q1_split.py
@@ -41,36 +43,24 @@ def main():
         images, labels = common.load_cifar10(args.data)
     with common.timed(seconds, "split"):
         parts = draw_split(labels.numpy(), args.protocol, args.seed, args.quick)
-        save_split(
-            folder / "split.npz", **parts, protocol=args.protocol, seed=args.seed, quick=args.quick
-        )
+        how = {"protocol": args.protocol, "seed": args.seed, "quick": args.quick}
+        save_split(folder / "split.npz", **parts, **how)
     split = common.load_split(folder / "split.npz")
     counts = {name: torch.bincount(labels[split[name]], minlength=10).tolist() for name in parts}
-    plot_label_counts(folder / "figure01_train_labels.png", {"train": counts["train"]})
-    plot_label_counts(
-        folder / "figure02_held_out_labels.png",
-        {"validation": counts["val"], "test": counts["test"]},
-    )
+    train_counts = {"train": counts["train"]}
+    held_out_counts = {"validation": counts["val"], "test": counts["test"]}
+    plot_label_counts(folder / "figure01_train_labels.png", train_counts)
+    plot_label_counts(folder / "figure02_held_out_labels.png", held_out_counts)
     with common.timed(seconds, "duplicates"):
         images = images.to(args.device)
         exact, near = count_duplicates(images[split["train"]], images[split["test"]])
 
+    origin = common.provenance(args, "q1", split, split_seed=args.seed)
+    duplicates = {"exact": exact, "near": near, "near_means_correlation_from": NEAR_DUPLICATE}
+    sizes = {f"n_{name}": len(split[name]) for name in parts}
+    found = {"counts": counts, "test_images_with_duplicate_in_train": duplicates}
     common.write_metrics(
-        folder,
-        common.provenance(args, "q1", split),
-        {
-            "protocol": split["protocol"],
-            "counts": counts,
-            "n_train": len(split["train"]),
-            "n_val": len(split["val"]),
-            "n_test": len(split["test"]),
-            "test_images_with_duplicate_in_train": {
-                "exact": exact,
-                "near": near,
-                "near_means_correlation_from": NEAR_DUPLICATE,
-            },
-            "seconds": seconds,
-        },
+        folder, origin, {"protocol": args.protocol, **sizes, **found, "seconds": seconds}
     )
     print_split(counts, exact, near)
 
@@ -86,10 +76,10 @@ def draw_split(labels, protocol, seed, quick):
     for label in range(len(common.CLASSES)):
         indices = rng.permutation(np.flatnonzero(labels == label))
         if protocol == "official":
-            file_of = indices < common.NUM_OFFICIAL_TRAIN
+            in_training_file = indices < common.NUM_OFFICIAL_TRAIN
             size = QUICK_PER_CLASS["train"] if quick else OFFICIAL_TRAIN_PER_CLASS
-            train, val = np.split(indices[file_of], [size])
-            test = indices[~file_of]
+            train, val = np.split(indices[in_training_file], [size])
+            test = indices[~in_training_file]
             if quick:
                 val, test = val[: sizes["val"]], test[: sizes["test"]]
         else:
@@ -99,19 +89,20 @@ def draw_split(labels, protocol, seed, quick):
     return {name: rng.permutation(np.concatenate(chosen)) for name, chosen in parts.items()}
 
 
-def save_split(path, *, train, val, test, protocol, seed, quick):
-    """Write the three int64 index arrays and how they were drawn, for common.load_split."""
+def save_split(path, **arrays):
+    """Write `train`, `val`, `test` (int64 indices) and `protocol`, `seed`, `quick`: how they were
+    drawn. common.load_split reads them."""
     buffer = io.BytesIO()
-    np.savez(buffer, train=train, val=val, test=test, protocol=protocol, seed=seed, quick=quick)
+    np.savez(buffer, **arrays)
     common.write_file(path, buffer.getvalue())
 
 
 def count_duplicates(train, test):
-    """How many test images equal a training image, and how many correlate by NEAR_DUPLICATE with
-    one.
+    """How many test images equal a training image, and how many are nearly equal to one.
 
-    train, test: uint8 N x 3 x 32 x 32. The correlation of the pixels ignores brightness and
-    contrast."""
+    train, test: uint8 N x 3 x 32 x 32. Nearly equal are those that correlate by NEAR_DUPLICATE or
+    more, the exact ones included. The correlation of the pixels ignores brightness and contrast.
+    """
     equal = {image.numpy().tobytes() for image in train.cpu()}
     exact = sum(image.numpy().tobytes() in equal for image in test.cpu())
     train = standardised(train)
@@ -131,34 +122,30 @@ def standardised(images):
 
 def print_split(counts, exact, near):
     """The sizes of the parts, and the duplicates between train and test. counts: part to ten."""
-    common.print_table(
-        "Question 1: images per part and class",
-        ["part", "images", "fewest of a class", "most of a class"],
-        [[part, *(str(of(count)) for of in (sum, min, max))] for part, count in counts.items()],
-    )
+    rows = [
+        [part, str(sum(count)), str(min(count)), str(max(count))] for part, count in counts.items()
+    ]
+    header = ["part", "images", "fewest of a class", "most of a class"]
+    common.print_table("Question 1: images per part and class", header, rows)
     print(
         f"Test images with a duplicate in train: {exact} exact, {near} near "
-        f"(correlation of at least {NEAR_DUPLICATE})"
+        f"(correlation of at least {NEAR_DUPLICATE}, the exact ones included)"
     )
 
 
 def plot_label_counts(path, counts):
     """Bar chart of images per class. counts: dict from part to a list of ten."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
     width = 0.8 / len(counts)
-    for position, (name, values) in enumerate(counts.items()):
-        centres = np.arange(10) + (position - (len(counts) - 1) / 2) * width
-        axes.bar_label(
-            axes.bar(centres, values, width, label=name), fontsize=7, rotation=90, padding=2
-        )
-    axes.set_xticks(range(10), common.CLASSES, rotation=30, ha="right")
-    axes.set_ylabel("images")
-    axes.margins(y=0.35)
-    axes.legend(loc="upper right", ncols=len(counts))
-    common.save_figure(figure, path)
+    with common.drawing(path, (6, 4)) as figure:
+        axes = figure.subplots()
+        for position, (name, values) in enumerate(counts.items()):
+            centres = np.arange(10) + (position - (len(counts) - 1) / 2) * width
+            bars = axes.bar(centres, values, width, label=name)
+            axes.bar_label(bars, fontsize=7, rotation=90, padding=2)
+        axes.set_xticks(range(10), common.CLASSES, rotation=30, ha="right")
+        axes.set_ylabel("images")
+        axes.margins(y=0.35)
+        axes.legend(loc="upper right", ncols=len(counts))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The attack called strongest raises the margin of the best wrong class where cros
 
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10
 Writes  results/q3: figure07_examples.png, figure08_umap.png, curves over epsilon and over PGD's
-        steps, metrics.json
+        steps, right.npz, metrics.json
 Run     python q3_attack.py
 """
 
@@ -23,42 +23,32 @@ def main():
     folder, seconds = args.results / "q3", {}
     split, data = common.load_data(args)
     checkpoint = common.require_model(args, split)
-    origin = common.provenance(args, "q3", split, [checkpoint["sha256"]])
-    model = common.frozen(checkpoint["model"], args.precision)
-    images, labels = common.as_float(data["test"][0]), data["test"][1]
+    about = {"seed": args.seed, "stem": checkpoint["stem"], "q2_sha256": checkpoint["sha256"]}
+    origin = common.provenance(args, "q3", split, **about)
+    network, labels = checkpoint["model"], data["test"][1]
+    images = common.as_float(data["test"][0])
     perturbed = common.perturbed_images(data["test"][0], "test", args.seed)
 
-    common.plot_examples(
-        folder / "figure07_examples.png",
-        model,
-        images[:EXAMPLES],
-        perturbed[:EXAMPLES],
-        labels[:EXAMPLES],
-    )
     with common.timed(seconds, "attack"):
-        measured = common.measured_on_test(checkpoint["model"], data["test"], args)
+        measured, right, gradient = common.robustness(
+            network, images, perturbed, labels, args.seed, args.precision
+        )
+        model = common.frozen(network, args.precision)
         by_part = accuracy_by_part(model, *data["test"], args.seed)
+    chosen = right["clean"].nonzero()[:EXAMPLES, 0]
+    examples = images[chosen], perturbed[chosen], labels[chosen]
+    common.plot_examples(folder / "figure07_examples.png", model, *examples)
     draw_curves(folder, measured["by_eps"], measured["pgd_by_step"])
     with common.timed(seconds, "umap"):
-        map_sha256 = draw_maps(folder, model, data, images, perturbed, args.seed)
+        map_sha256 = draw_maps(folder, model, data, images, perturbed, gradient, args.seed)
 
-    models = {common.CROSS_ENTROPY: {**measured, "by_part": by_part, "stem": checkpoint["stem"]}}
-    common.write_metrics(
-        folder,
-        origin,
-        {
-            "models": models,
-            "n_test": len(labels),
-            "epsilon": common.EPSILON,
-            "umap_sha256": map_sha256,
-            "seconds": seconds,
-        },
-    )
+    models = {common.CROSS_ENTROPY: {**measured, "by_part": by_part}}
+    found = {"models": models, "n_test": len(labels), "epsilon": common.EPSILON}
+    common.write_right(folder, {common.CROSS_ENTROPY: right})
+    common.write_metrics(folder, origin, {**found, "umap_sha256": map_sha256, "seconds": seconds})
     common.print_conditions("Question 3: the model of question 2 on unseen images", models)
-    print(
-        "Under each part of the perturbation alone: "
-        + ", ".join(f"{part} {common.percent(share)}" for part, share in by_part.items())
-    )
+    parts = (f"{part} {common.percent(share)}" for part, share in by_part.items())
+    print(f"Under each part of the perturbation alone: {', '.join(parts)}")
 
 
 def accuracy_by_part(model, images, labels, seed):
@@ -67,53 +57,50 @@ def accuracy_by_part(model, images, labels, seed):
     images uint8. Returns a dict from part to a share.
     """
     generator = common.generator_for(seed, "perturbed test")
-    right = {"colour jitter": 0, "rotation": 0, "pixels": 0}
-    size = common.EVALUATION_BATCH
-    for batch, target in zip(images.split(size), labels.split(size), strict=True):
+    names = "colour jitter", "rotation", "pixels"
+
+    def right(batch, target):
         batch = common.as_float(batch)
         jitter, angles, full = common.draw_perturbation(len(batch), batch[0, 0].numel(), generator)
-        parts = {
-            "colour jitter": common.color_jitter(batch, *jitter),
-            "rotation": common.rotate(batch, angles),
-            "pixels": common.set_to_full(batch, *full),
-        }
-        for part, changed in parts.items():
-            right[part] += (common.predict(model, changed) == target).sum()
-    return {part: number.item() / len(labels) for part, number in right.items()}
+        changed = (
+            common.color_jitter(batch, *jitter),
+            common.rotate(batch, angles),
+            common.set_to_full(batch, *full),
+        )
+        return tuple(model(each).argmax(1) == target for each in changed)
+
+    size = common.EVALUATION_BATCH  # that of perturbed_images
+    found = common.in_batches(right, images, labels, size=size, title="parts")
+    return {name: common.share(each) for name, each in zip(names, found, strict=True)}
 
 
 def draw_curves(folder, by_eps, by_step):
     """Accuracy under FGM and PGD over epsilon, and under PGD over the number of steps."""
-    common.plot_lines(
-        folder / "by_epsilon.png",
-        [255 * eps for eps in by_eps["eps"]],
-        {"FGM": by_eps["fgm"], "PGD-20": by_eps["pgd"]},
-        "epsilon (L-infinity) in 1/255",
-        "accuracy",
-    )
-    common.plot_lines(
-        folder / "pgd_by_step.png", range(len(by_step)), {"PGD": by_step}, "PGD steps", "accuracy"
-    )
+    sizes, curves = [255 * eps for eps in by_eps["eps"]], {"FGM": "fgm", "PGD-20": "pgd"}
+    lines = {title: by_eps[key] for title, key in curves.items()}
+    label = "epsilon (L-infinity) in 1/255"
+    common.plot_lines(folder / "by_epsilon.png", sizes, lines, label, "accuracy")
+    steps = range(len(by_step))
+    common.plot_lines(folder / "pgd_by_step.png", steps, {"PGD": by_step}, "PGD steps", "accuracy")
 
 
-def draw_maps(folder, model, data, images, perturbed, seed):
+def draw_maps(folder, model, data, images, perturbed, gradient, seed):
     """Figure 8: perturbed and attacked test images in question 2's map. Returns that map's SHA-256.
 
     The map is fitted again, on the same features with the same seed: no pickle has to be trusted.
     """
-    labels = data["test"][1]
+    labels, eps = data["test"][1], common.EPSILON["linf"]
     train = common.backbone_features(model, common.as_float(data["train"][0]))
     shifted = common.backbone_features(model, perturbed)
-    attacked = common.under_fgm(model.features, model, images, labels)
-    points, place = common.fit_umap(train, seed)
-    common.plot_maps(
-        folder / "figure08_umap.png",
-        {
-            "perturbed test": (place(shifted), labels),
-            "test under FGM, eps = 8/255": (place(attacked), labels),
-        },
-        points,
+    attacked = common.in_batches(
+        lambda batch, direction: model.features(common.fgm_step(batch, direction, eps, "linf")),
+        images,
+        gradient,
     )
+    points, place = common.fit_umap(train, seed)
+    panels = {"perturbed test": shifted, "test under FGM, eps = 8/255": attacked}
+    placed = {title: (place(features), labels) for title, features in panels.items()}
+    common.plot_maps(folder / "figure08_umap.png", placed, points)
     return common.sha256(points.tobytes())
 
 

@@ -14,8 +14,9 @@ standard deviations of 0.2 to 0.6: `perturbed` 82.93 % on perturbed test; `pertu
 37.64 % on perturbed test under FGM, 37.88 % on clean test under PGD-20 and 32.85 % under the
 strongest attack (2,000 images), epsilon 8/255.
 
-Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10; results of q3 to compare with
-Writes  results/q4: a .pt file per model, figure09 to figure12 for each, metrics.json
+Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10
+Writes  results/q4: for each model a .pt file, the state of its training and figure09 to figure12;
+        right.npz, metrics.json
 Run     python q4_adv_train.py
 """
 
@@ -38,73 +39,86 @@ GUARD = "val_pgd"  # accuracy on them, at whose collapse training stops
 
 
 def main():
-    parser = common.argument_parser(__doc__, RECIPES)
-    parser.add_argument(
+    args = common.parse_arguments(parser())
+    folder, seconds = args.results / "q4", {}
+    split, data = common.load_data(args)
+    first, about = first_model(args, split)
+    origin = common.provenance(args, "q4", split, seed=args.seed, init=args.init, **about)
+    recipe = choose_recipe(args, split, about)
+
+    networks, models, rights = {}, {}, {}
+    for title, (name, step, own_recipe) in variants(recipe).items():
+        path, networks[title] = folder / f"{name}.pt", copy.deepcopy(first)
+        training = train_variant(networks[title], step, data, own_recipe, origin, path, args.fresh)
+        models[title] = common.save_trained(path, networks[title], training, GUARD)
+        draw_curves(folder, name, training["history"])
+    images, labels = common.as_float(data["test"][0]), data["test"][1]
+    perturbed = {
+        part: common.perturbed_images(data[part][0], part, args.seed) for part in ("train", "test")
+    }
+    for title, (name, *_) in variants(recipe).items():
+        with common.timed(seconds, f"attack {name}"):
+            measured, rights[title], _ = common.robustness(
+                networks[title], images, perturbed["test"], labels, args.seed, args.precision
+            )
+            models[title] |= measured
+        with common.timed(seconds, f"umap {name}"):
+            model = common.frozen(networks[title], args.precision)
+            draw_maps(folder, name, model, data, perturbed, args.seed)
+
+    found = {"models": models, "n_test": len(labels), "epsilon": common.EPSILON}
+    common.write_right(folder, rights)
+    common.write_metrics(folder, origin, {**found, "seconds": seconds})
+    common.print_conditions("Question 4: accuracy on test", models)
+
+
+def parser():
+    """This script's flags."""
+    flags = common.training_parser(__doc__, RECIPES)
+    flags.add_argument(
         "--init",
         choices=("q2", "scratch"),
         default="q2",
-        help="first weights: those of question 2's model or random ones (q2)",
+        help="first weights: those of question 2's model or random ones, for which the rates of "
+        "the recipes were not chosen (q2)",
     )
-    args = common.parse_arguments(parser)
-    folder, seconds = args.results / "q4", {}
-    split, data = common.load_data(args)
-    earlier = common.measured_before(args, split)
-    first, stem, parents = first_model(args, split)
-    origin = {**common.provenance(args, "q4", split, parents), "init": args.init}
-    recipe = common.choose_recipe(
-        args,
-        RECIPES,
-        stem,
-        "q4",
-        split,
-        label_smoothing=LABEL_SMOOTHING,
-        eps=common.EPSILON["linf"],
-        first_weights=parents,
+    flags.add_argument(
+        "--lr-perturbed",
+        type=common.between(float, 1e-9, 1e9),
+        help="peak learning rate of the model trained without FGM",
     )
-
-    networks, models = {}, {}
-    for title, (name, step, own_recipe) in variants(recipe).items():
-        networks[title] = copy.deepcopy(first)
-        history = train_variant(
-            networks[title], step, data, own_recipe, folder / f"training_{name}.pt", args.fresh
-        )
-        models[title] = common.save_trained(
-            folder, name, networks[title], history, own_recipe, origin, GUARD
-        )
-        draw_curves(folder, name, history)
-    for title, (name, *_) in variants(recipe).items():
-        with common.timed(seconds, f"attack {name}"):
-            models[title] |= common.measured_on_test(networks[title], data["test"], args)
-        with common.timed(seconds, f"umap {name}"):
-            draw_maps(folder, name, common.frozen(networks[title], args.precision), data, args.seed)
-
-    common.write_metrics(
-        folder,
-        origin,
-        {
-            "models": models,
-            "n_test": len(data["test"][1]),
-            "epsilon": common.EPSILON,
-            "seconds": seconds,
-        },
+    flags.add_argument(
+        "--noise",
+        type=common.between(float, 0, 1e9),
+        help="before the FGM step in training, in epsilons; more where val_pgd collapses, "
+        "0 to see plain FGM training",
     )
-    common.print_conditions(
-        "Question 4: accuracy on test, compared with questions 2 and 3", {**earlier, **models}
-    )
+    return flags
 
 
 def first_model(args, split):
-    """The model that training starts from, its stem, and its checkpoint's SHA-256 in a list.
+    """The model that training starts from, and what tells where it comes from.
 
-    The stem is that of question 2's model, so that all can be compared. The list is empty for
-    random weights.
+    The second is a dict: `stem`, which is that of question 2's model, so that all can be compared,
+    and for its weights `q2_sha256`.
     """
     checkpoint = common.require_model(args, split)
+    stem = checkpoint["stem"]
     if args.init == "q2":
-        return checkpoint["model"], checkpoint["stem"], [checkpoint["sha256"]]
+        return checkpoint["model"], {"stem": stem, "q2_sha256": checkpoint["sha256"]}
     torch.manual_seed(args.seed)
-    model = common.resnet18(len(common.CLASSES), checkpoint["stem"]).to(args.device)
-    return model, checkpoint["stem"], []
+    return common.resnet18(len(common.CLASSES), stem).to(args.device), {"stem": stem}
+
+
+def choose_recipe(args, split, about):
+    """What both trainings share, with what is one's own: see `variants`."""
+    constants = {
+        "label_smoothing": LABEL_SMOOTHING,
+        "eps": common.EPSILON["linf"],
+        "perturbation": common.PERTURBATION,
+        "first_weights": about.get("q2_sha256"),
+    }
+    return common.choose_recipe(args, RECIPES, about["stem"], "q4", split, **constants)
 
 
 def variants(recipe):
@@ -115,7 +129,7 @@ def variants(recipe):
     own = ("lr", "lr_perturbed", "noise", "eps")
     shared = {key: value for key, value in recipe.items() if key not in own}
     without = {**shared, "lr": recipe["lr_perturbed"]}
-    with_fgm = {**shared, "lr": recipe["lr"], "noise": recipe["noise"], "eps": recipe["eps"]}
+    with_fgm = {**shared, **{key: recipe[key] for key in ("lr", "noise", "eps")}}
     return {
         "perturbed (q4)": ("perturbed", step_on_perturbed, without),
         "perturbed + FGM (q4)": ("perturbed_fgm_trained", step_on_attacked, with_fgm),
@@ -125,8 +139,8 @@ def variants(recipe):
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def train_variant(model, step, data, recipe, state_file, fresh):
-    """Train the model in place on what `step` makes of the images; returns the history.
+def train_variant(model, step, data, recipe, origin, path, fresh):
+    """Train the model in place on what `step` makes of the images; returns common.train's dict.
 
     After each epoch it is scored on perturbed validation images, the first of them under PGD too.
     Where that score collapses, training stops and its best epoch's weights come back: an epoch
@@ -137,15 +151,8 @@ def train_variant(model, step, data, recipe, state_file, fresh):
 
     def evaluate(model):
         model = common.frozen(model, recipe["precision"])
-        pgd = common.pgd_accuracy_by_step(
-            model,
-            images[:PGD_IMAGES],
-            labels[:PGD_IMAGES],
-            common.EPSILON["linf"],
-            common.PGD_STEP_SIZE,
-            common.PGD_STEPS,
-        )[-1]
-        return {**common.validation_scores(model, images, labels), GUARD: pgd}
+        scores = common.validation_scores(model, images, labels)
+        return {**scores, GUARD: pgd_accuracy(model, images[:PGD_IMAGES], labels[:PGD_IMAGES])}
 
     return common.train(
         model,
@@ -154,10 +161,18 @@ def train_variant(model, step, data, recipe, state_file, fresh):
         common.shuffled_batches,
         evaluate,
         recipe,
-        state_file,
+        origin,
+        path,
         fresh,
         GUARD,
     )
+
+
+def pgd_accuracy(model, images, labels):
+    """Share of images that no PGD-20 step at EPSILON has fooled, as a float."""
+    settings = common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS
+    _, fooled_after = common.pgd(model, images, labels, *settings)
+    return common.share(fooled_after > common.PGD_STEPS)
 
 
 def step_on_perturbed(model, images, labels, generator, recipe):
@@ -181,7 +196,8 @@ def n_fgsm(model, images, labels, eps, noise, generator):
     """Images under N-FGSM (de Jorge et al. 2022, algorithm 1).
 
     Noise uniform within `noise` times eps, one FGM step of eps from there; neither is projected
-    back."""
+    back.
+    """
     start = torch.empty(images.shape).uniform_(-noise * eps, noise * eps, generator=generator)
     noisy = (images + common.send(start, images.device)).clamp(0, 1)
     _, gradient = common.input_gradient(model, noisy, labels)
@@ -195,43 +211,27 @@ def draw_curves(folder, name, history):
     """Figures 9 and 10: accuracy, with PGD-20's, and loss per epoch."""
     kept = common.kept_epoch(history, GUARD)
     xlabel = "epoch" if kept == len(history) else f"epoch; the weights are those of epoch {kept}"
-    common.plot_history(
-        folder / f"figure09_accuracy_{name}.png",
-        history,
-        {
-            "accuracy": "train, as trained on",
-            "val_accuracy": "perturbed validation",
-            GUARD: "perturbed validation, PGD-20",
-        },
-        "accuracy",
-        xlabel,
-    )
-    common.plot_history(
-        folder / f"figure10_loss_{name}.png",
-        history,
-        {"loss": "train, as trained on", "val_loss": "perturbed validation"},
-        "cross-entropy",
-        xlabel,
-    )
+    accuracies = {
+        "accuracy": "train, as trained on",
+        "val_accuracy": "perturbed validation",
+        GUARD: "perturbed validation, PGD-20",
+    }
+    losses = {"loss": "train, as trained on", "val_loss": "perturbed validation"}
+    for figure, names, ylabel in (
+        ("figure09_accuracy", accuracies, "accuracy"),
+        ("figure10_loss", losses, "cross-entropy"),
+    ):
+        common.plot_history(folder / f"{figure}_{name}.png", history, names, ylabel, xlabel)
 
 
-def draw_maps(folder, name, model, data, seed):
+def draw_maps(folder, name, model, data, perturbed, seed):
     """Figures 11 and 12: UMAP fitted on perturbed train, and perturbed test in that map."""
-    train, test = (
-        common.backbone_features(model, common.perturbed_images(data[part][0], part, seed))
-        for part in ("train", "test")
-    )
+    train, test = (common.backbone_features(model, perturbed[part]) for part in ("train", "test"))
     points, place = common.fit_umap(train, seed)
-    common.plot_maps(
-        folder / f"figure11_umap_train_{name}.png",
-        {"perturbed train": (points, data["train"][1])},
-        points,
-    )
-    common.plot_maps(
-        folder / f"figure12_umap_test_{name}.png",
-        {"perturbed test, in the map of train": (place(test), data["test"][1])},
-        points,
-    )
+    fitted = {"perturbed train": (points, data["train"][1])}
+    placed = {"perturbed test, in the map of train": (place(test), data["test"][1])}
+    common.plot_maps(folder / f"figure11_umap_train_{name}.png", fitted, points)
+    common.plot_maps(folder / f"figure12_umap_test_{name}.png", placed, points)
 
 
 if __name__ == "__main__":

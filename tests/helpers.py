@@ -2,7 +2,6 @@
 
 import io
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 import torchvision
 
 import common
-import launch
 import q1_split
 import q2_train_ce
+from tools import synthetic
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, links and locks of POSIX systems")
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,29 +37,6 @@ TRAINING_FLAGS = {"q2": ["--stem", "imagenet"], "q4": [], "q6": ["--init", "scra
 # ---- Data --------------------------------------------------------------------------------------
 
 
-def write_synthetic_cifar10(root, per_file=10_000, contrast=16):
-    """CIFAR-10's files under `root`: noise and over it, faintly, a coarse picture per class."""
-    rng = np.random.default_rng(0)
-    pictures = np.kron(
-        rng.integers(-contrast, contrast + 1, (10, 3, 4, 4), np.int16), np.ones((8, 8), np.int16)
-    ).reshape(10, 3072)
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    batches = {f"data_batch_{number}": f"training batch {number} of 5" for number in range(1, 6)}
-    for name, title in {**batches, "test_batch": "testing batch 1 of 1"}.items():
-        labels = rng.permutation(np.arange(per_file) % 10)
-        noise = (
-            np.frombuffer(rng.bytes(per_file * 3072), np.uint8).reshape(per_file, 3072) // 2 + 64
-        )
-        content = {
-            "batch_label": title,
-            "labels": labels.tolist(),
-            "data": (noise + pictures[labels]).astype(np.uint8),
-            "filenames": [f"synthetic_{number:05}.png" for number in range(per_file)],
-        }
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-
-
 PUBLISHED = {
     kind: getattr(torchvision.datasets.CIFAR10, kind) for kind in ("train_list", "test_list")
 }
@@ -69,7 +45,7 @@ PUBLISHED = {
 def accept_as_published(patch, root):
     """Let torchvision and load_cifar10 take these files for the published ones. patch: a
     MonkeyPatch."""
-    for kind, names in launch.accept(root).items():
+    for kind, names in synthetic.published(root).items():
         patch.setattr(torchvision.datasets.CIFAR10, kind, names)
 
 
@@ -189,9 +165,8 @@ def run_code(code, **variables):
 
 def quick_script(question, data, results):
     """Command line of a question's quick run on synthetic data."""
-    return script(
-        "tests/launch.py", data, ROOT / SCRIPTS[question], *quick_flags(question, data, results)
-    )
+    words = ["-m", "tools.synthetic", data, ROOT / SCRIPTS[question]]
+    return [sys.executable, *map(str, words), *quick_flags(question, data, results)]
 
 
 def quick_flags(question, data, results):
@@ -338,8 +313,8 @@ def train_linear(model, state_file, step=None, evaluate=None, guard=None, **chan
 
 
 def data_target(folder):
-    write_synthetic_cifar10(folder, per_file=20)
-    sound = launch.accept(folder)
+    synthetic.write_synthetic_cifar10(folder, per_file=20)
+    sound = synthetic.published(folder)
 
     def read():
         with pytest.MonkeyPatch.context() as patch:

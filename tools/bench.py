@@ -21,9 +21,8 @@ import torchvision
 from torch import nn
 from torchvision import datasets, transforms
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402  (it lies one folder up)
-import q2_train_ce  # noqa: E402
+import common
+import q2_train_ce
 
 ROUNDS = 5
 BATCH = 64  # question 2's

@@ -1,14 +1,13 @@
 """Mean and standard deviation of every model's accuracies over several seeds: make seeds.
 
-Run     python tests/seeds.py FOLDER FOLDER...
+Run     python -m tools.seeds FOLDER FOLDER...
 """
 
 import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402  (it lies one folder up)
+import common
 
 IN_L2 = {"fgm": "FGM, L2", "perturbed_fgm": "perturbed + FGM, L2"}
 

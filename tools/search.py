@@ -7,8 +7,8 @@ the model that is trained with FGM. Several searches can share a GPU, each with 
 
 Reads   results/q1/split.npz, results/q2/model.pt for question 4's, CIFAR-10
 Writes  results/search.csv
-Run     python tests/search.py --stem cifar
-        python tests/search.py --stem cifar --only "q2 mixup" "q2 recipe" --epochs 300 --seed 1
+Run     python -m tools.search --stem cifar
+        python -m tools.search --stem cifar --only "q2 mixup" "q2 recipe" --epochs 300 --seed 1
 """
 
 import collections
@@ -17,16 +17,14 @@ import csv
 import io
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402  (it lies one folder up)
-import q2_train_ce  # noqa: E402
-import q4_adv_train  # noqa: E402
+import common
+import q2_train_ce
+import q4_adv_train
 
 ATTACKED = 2_000  # validation images for FGM, PGD-20 and the strongest attack
 HEADER = [

@@ -5,18 +5,14 @@ terms, on validation images.
 
 Reads   results/q1/split.npz, CIFAR-10
 Writes  results/angular_alone: training.pt, model.pt
-Run     python tests/angular_alone.py --stem stride2
+Run     python -m tools.angular_alone --stem stride2
 """
-
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402  (it lies one folder up)
-import q2_train_ce  # noqa: E402
-import q6_angular  # noqa: E402
+import common
+import q2_train_ce
+import q6_angular
 
 RECIPES = {  # the rate: the best of 0.03, 0.1, 0.3 and 1 after 8 epochs of stride2, on validation
     stem: {**row, "batch_size": q6_angular.RECIPES[stem]["batch_size"], "lr": 0.3}

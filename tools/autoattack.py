@@ -11,13 +11,10 @@ Run     make autoattack
 import contextlib
 import io
 import json
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402  (it lies one folder up)
+import common
 
 IMAGES = 1_000
 BATCH = 100  # after each of which the numbers are kept
