@@ -587,11 +587,14 @@ def fit_umap(features, seed):
     features float32 N x D. Returns its points, an array float32 N x 2, and a function that places
     other features in it: M x D to M x 2. The same features and seed give the same map on the same
     machine. UMAP is given the exact neighbours, since compiling its own search for them takes
-    longer than everything else. Raises ValueError for too few features or such as are not finite.
+    longer than everything else. Raises ValueError for features that are too few, not finite or all
+    equal.
     """
     _give_numba_a_cache()
     if len(features) <= UMAP_NEIGHBOURS or not features.isfinite().all():
         raise ValueError(f"a map needs more than {UMAP_NEIGHBOURS} points, all of them finite")
+    if (features == features[0]).all():
+        raise ValueError("a map of equal points has no form: has the model collapsed?")
     from umap import UMAP
 
     search, array = _ExactSearch(features), features.cpu().numpy()
@@ -1166,6 +1169,10 @@ def run(main):
             "the GPU's memory is full; close what else uses it (nvidia-smi lists that), "
             "or give --device cpu"
         )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        stop("the main memory is full; close other programs (README says how much is needed)")
     except KeyboardInterrupt:
         print("\nInterrupted", file=sys.stderr)
         sys.exit(130)
@@ -1254,12 +1261,20 @@ def training_parser(docstring, recipes):
     return parser
 
 
+OLDEST_TORCH = (2, 9)  # as in requirements.txt
+
+
 def parse_arguments(parser):
     """Parse sys.argv and settle what depends on the machine: results folder, device, precision.
 
-    Raises UserError for a device that this machine lacks.
+    Raises UserError for a device that this machine lacks, and for a PyTorch that is too old.
     """
     args = parser.parse_args()
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise UserError(
+            f"PyTorch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer is needed, this is "
+            f"{torch.__version__}; install it with: pip install -r requirements.txt"
+        )
     torch.backends.fp32_precision = "ieee"  # not TF32, to which cuDNN rounds of its own accord
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch 2.9 does not derive it
     args.results = args.results or Path("results-quick" if args.quick else "results")
@@ -1411,9 +1426,12 @@ def write_file(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             partial_file.unlink(missing_ok=True)
+        reason = error.strerror
+        if isinstance(error, FileExistsError):
+            reason = f"{error.filename} is no folder, or a link to a place that is not there"
         raise UserError(
-            f"cannot write {path}: {error.strerror}; make room or give another --results, then "
-            "run the same command again"
+            f"cannot write {path}: {reason}; make room or give another --results, then run the "
+            "same command again"
         ) from error
 
 
