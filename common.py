@@ -1211,36 +1211,22 @@ def argument_parser(docstring):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(purpose=" ".join(docstring.split("\n\n")[0].split()))
-    add = parser.add_argument
+    add, seeds = parser.add_argument, between(int, 0, 2**31 - 1)
+    devices, precisions = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16")
+    best = "auto: the best there is; CUDA_VISIBLE_DEVICES chooses among GPUs"
+    exact = "float32 is IEEE's, not TF32; auto: bfloat16 where it is fast"
+    tiny = "tiny subset, few epochs: shows that everything works, its numbers mean nothing"
     add(
         "--data",
         type=folder,
         default=Path("data"),
-        help="folder that holds cifar-10-batches-py; fetched if absent (data)",
+        help="folder that holds or gets CIFAR-10 (data)",
     )
-    add(
-        "--results",
-        type=folder,
-        help="folder for everything written (results, or results-quick with --quick)",
-    )
-    add("--seed", type=between(int, 0, 2**31 - 1), default=0, help="seed of all random numbers (0)")
-    add(
-        "--device",
-        choices=("auto", "cuda", "mps", "cpu"),
-        default="auto",
-        help="where to compute; CUDA_VISIBLE_DEVICES chooses among GPUs (auto: the best there is)",
-    )
-    add(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the backbone: float32 is IEEE's, not TF32 (auto: bfloat16 where it is fast)",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="tiny subset, few epochs: shows that everything works, its numbers mean nothing",
-    )
+    add("--results", type=folder, help="folder to write in (results; with --quick results-quick)")
+    add("--seed", type=seeds, default=0, help="seed of all random numbers (0)")
+    add("--device", choices=devices, default="auto", help=f"where to compute ({best})")
+    add("--precision", choices=precisions, default="auto", help=f"of the backbone ({exact})")
+    add("--quick", action="store_true", help=tiny)
     return parser
 
 
