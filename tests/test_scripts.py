@@ -3,7 +3,6 @@ leaves out."""
 
 import json
 import re
-import shutil
 import struct
 import subprocess
 from types import SimpleNamespace
@@ -399,27 +398,6 @@ def test_the_report_needs_no_other_file_and_names_no_missing_one(quick_run):
     assert all((quick_run.results / target).is_file() for target in targets)
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_hands_its_variables_to_the_scripts_that_know_them():
-    command = [
-        "make",
-        "--dry-run",
-        "DATA=somewhere",
-        "RESULTS=nowhere",
-        "STEM=cifar",
-        "FLAGS=--seed 3",
-    ]
-    lines = subprocess.run(
-        command, cwd=helpers.ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    for question, script in helpers.SCRIPTS.items():
-        (line,) = (line for line in lines if f" {script} " in line)
-        assert '--data "somewhere" --results nowhere --seed 3' in line
-        assert ("--stem cifar" in line) == (
-            question == "q2"
-        )  # the others follow question 2's model
-
-
 def test_the_demo_runs_every_script_on_its_own_pictures_and_says_so(monkeypatch, tmp_path):
     commands = []
     monkeypatch.setattr(demo, "FOLDER", tmp_path)
@@ -431,78 +409,3 @@ def test_the_demo_runs_every_script_on_its_own_pictures_and_says_so(monkeypatch,
         assert str(helpers.ROOT / script) in command and str(tmp_path / "data") in command
         assert command[-2:] == demo.FLAGS.get(question, command)[-2:]
     assert any(word.endswith("report.py") for word in made) and demo.NOTE in made
-
-
-# ---- Make --------------------------------------------------------------------------------------
-
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-
-
-def make(folder, *words):
-    """Run our Makefile in a folder of its own."""
-    for name in ("Makefile", "requirements.txt"):
-        shutil.copy(helpers.ROOT / name, folder)
-    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True)
-
-
-@needs_make
-@pytest.mark.parametrize("name", ["res50%x", "my results", "a:b", "a;b", "$(HOME)*"])
-def test_make_refuses_a_folder_name_that_it_would_misread(tmp_path, name):
-    (tmp_path / "kept").write_text("kept")
-    finished = make(tmp_path, f"RESULTS={name}")
-    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
-    assert "without spaces and special characters" in finished.stderr
-    assert (tmp_path / "kept").read_text() == "kept" and not (tmp_path / ".venv").exists()
-
-
-@needs_make
-@pytest.mark.parametrize("words", [["STEM=imagenet"], ["FLAGS=--seed 1"], ["SEED=1"]])
-def test_make_does_not_take_results_of_other_flags_for_these(tmp_path, words):
-    assert make(tmp_path, "asked").returncode == 0
-    assert make(tmp_path, "asked").returncode == 0
-    finished = make(tmp_path, "asked", *words)
-    assert finished.returncode == 2 and "error: results was made with ''" in finished.stderr
-    assert make(tmp_path, "asked", *words, "RESULTS=other").returncode == 0
-
-
-@needs_make
-@pytest.mark.parametrize("words, folder", [([], "results-quick"), (["RESULTS=foo"], "foo")])
-def test_make_quick_writes_where_it_is_told(words, folder):
-    command = ["make", "--dry-run", "quick", *words]
-    lines = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True).stdout
-    assert f'q1_split.py --data "data" --results {folder} --quick' in lines
-
-
-@needs_make
-def test_make_torch_cpu_asks_for_the_build_without_cuda(tmp_path):
-    lines = make(tmp_path, "--dry-run", "TORCH=cpu", ".venv/installed").stdout
-    assert "pip install --quiet torch torchvision --index-url" in lines
-    assert "--index-url" not in make(tmp_path, "--dry-run", ".venv/installed").stdout
-
-
-NO_VENV = "test $1 != -m"
-NO_NETWORK = f"mkdir -p .venv/bin; ln -sf {shutil.which('false')} .venv/bin/python"
-
-
-@needs_make
-@pytest.mark.parametrize(
-    "commands, beginning",
-    [
-        ("exit 1", "error: Python 3.10 or newer is needed; name one"),
-        (NO_VENV, "error: no virtual environment can be made; on Debian and Ubuntu: sudo apt"),
-        (NO_NETWORK, "error: the packages of requirements.txt cannot be installed; connect to"),
-    ],
-    ids=["old", "without venv", "without network"],
-)
-@pytest.mark.parametrize("words", [[], ["TORCH=cpu"]], ids=["", "TORCH=cpu"])
-def test_make_says_what_to_do_about_a_machine_that_lacks_something(
-    tmp_path, commands, beginning, words
-):
-    python = tmp_path / "stand-in"
-    python.write_text(f"#!/bin/sh\n{commands}\n")
-    python.chmod(0o755)
-    finished = make(tmp_path, f"PYTHON={python}", ".venv/installed", *words)
-    first, *others = finished.stderr.splitlines()
-    assert finished.returncode == 2 and first.startswith(beginning)
-    assert all(line.startswith("make") for line in others)
-    assert not (tmp_path / ".venv" / "installed").exists()
