@@ -77,7 +77,7 @@ endif
 
 # Results without a training state were handed in or copied. Unpacking changes the times of files, by which make
 # decides what is out of date. A wrong time must not start a training that replaces somebody's model.
-handed_in = $(if $(ANEW),,$(if $(wildcard $(RESULTS)/$1/training*.pt),,$(wildcard $(RESULTS)/$1/metrics.json)))
+handed_in = $(if $(ANEW),,$(if $(wildcard $(RESULTS)/$1/*.training.pt),,$(wildcard $(RESULTS)/$1/metrics.json)))
 LEFT = @echo "$(@D) is left as it is, since models without a training state (handed in, copied) are not"\
            "replaced unasked. To train anew, add FRESH=1."
 
@@ -113,14 +113,14 @@ report: .venv/installed
 # Everything with three seeds and one split: each model's mean and standard deviation.
 seeds:
 	for seed in 0 1 2; do $(MAKE) RESULTS=$(RESULTS)-seed$$seed SEED=$$seed || exit; done
-	$(VENV) tools/seeds.py $(RESULTS)-seed0 $(RESULTS)-seed1 $(RESULTS)-seed2
+	$(VENV) -m tools.seeds $(RESULTS)-seed0 $(RESULTS)-seed1 $(RESULTS)-seed2
 
 quick:
 	$(MAKE) RESULTS=$(if $(filter command,$(origin RESULTS)),$(RESULTS),results-quick) FLAGS="--quick $(FLAGS)"
 
 # A few minutes with nothing to fetch but the packages, on pictures that it draws itself.
 demo: .venv/installed
-	$(VENV) tools/demo.py
+	$(VENV) -m tools.demo
 
 # Is the results folder what it says? Measures it again, without training.
 verify: .venv/installed
@@ -129,7 +129,7 @@ verify: .venv/installed
 # AutoAttack on every classifier's first 1,000 test images: an hour or more each on two cores.
 autoattack: .venv/installed
 	$(VENV) -m pip install --quiet $$(grep autoattack tests/requirements-peers.txt)
-	$(VENV) tools/autoattack.py $(COMMON)
+	$(VENV) -m tools.autoattack $(COMMON)
 
 # Deletes the files that the scripts write, and a folder only when nothing else is in it.
 WRITTEN := $(addprefix q[1-6]/,metrics.json *.pt *.npz *.png *.part) \
@@ -155,7 +155,7 @@ stress: .venv/installed
 
 bench: .venv/installed
 	$(VENV) -m pip install --quiet --requirement tests/requirements-peers.txt
-	$(VENV) tools/bench.py --data "$(DATA)"
+	$(VENV) -m tools.bench --data "$(DATA)"
 
 # What depends on this is always made.
 always:

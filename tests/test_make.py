@@ -29,7 +29,7 @@ results=$5
 folder=$results/${1%%_*}
 case $1 in
     q*) mkdir -p "$folder"
-        for name in training.pt model.pt metrics.json; do echo new >"$folder/$name"; done
+        for name in model.training.pt model.pt metrics.json; do echo new >"$folder/$name"; done
         echo new >"$results/q1/split.npz";;
     report.py) echo new >"$results/report.html";;
 esac
@@ -126,7 +126,7 @@ def test_pytorch_is_told_to_compute_on_the_cpu_what_apples_gpus_lack(project):
 
 @pytest.mark.parametrize("target", ["demo", "autoattack", "seeds", "bench"])
 def test_what_is_no_test_lies_in_tools(project, target):
-    assert f"tools/{target}.py" in calls(project, target)
+    assert f"[-m][tools.{target}]" in calls(project, target)["-m"]
 
 
 def test_lint_asks_ruff_for_faults_and_for_the_layout(project):
@@ -228,7 +228,7 @@ def hand_in(project):
     """Results as they come out of an archive: older than the scripts, no state of a training."""
     calls(project)
     results = (project / "results").rename(project / "handed-in")
-    for path in results.glob("*/training.pt"):
+    for path in results.glob("*/*.training.pt"):
         path.unlink()
     date(results, OLD)
     for script in helpers.SCRIPTS.values():
