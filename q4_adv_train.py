@@ -67,6 +67,7 @@ def main():
             draw_maps(folder, name, model, data, perturbed, args.seed)
 
     found = {"models": models, "n_test": len(labels), "epsilon": common.EPSILON}
+    found["n_val_pgd"] = len(data["val"][1][:PGD_IMAGES])
     common.write_right(folder, rights)
     common.write_metrics(folder, origin, {**found, "seconds": seconds})
     common.print_conditions("Question 4: accuracy on test", models)
