@@ -135,6 +135,19 @@ def as_float(images):
     return images.float() / 255
 
 
+def _refuse_integers(images):
+    """Raise ValueError for uint8 images, which would count as very bright ones."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, not floats in [0, 1]: use as_float")
+
+
+def _refuse_outside(images):
+    """The same, and for values outside [0, 1]: not in training, since a GPU is waited for here."""
+    _refuse_integers(images)
+    if not ((images >= 0) & (images <= 1)).all():
+        raise ValueError("images have values outside [0, 1]")
+
+
 def generator_for(seed, stream, index=0):
     """A generator of its own for each use of random numbers: none depends on what ran before.
 
@@ -295,7 +308,8 @@ def batch_size_for(tensor):
 
 
 def predict(model, images):
-    """Most likely class of each image, int64 N."""
+    """Most likely class of each image, int64 N. Raises ValueError for images not in [0, 1]."""
+    _refuse_outside(images)
     return in_batches(lambda batch: model(batch).argmax(1), images)
 
 
@@ -718,6 +732,7 @@ def perturb(images, generator):
     Every image draws its own values, from the distributions of torchvision's ColorJitter (the order
     of its four steps included) and RandomRotation (nearest neighbour, black corners).
     """
+    _refuse_integers(images)
     jitter, angles, full = draw_perturbation(len(images), images[0, 0].numel(), generator)
     return set_to_full(rotate(color_jitter(images, *jitter), angles), *full)
 
@@ -840,9 +855,10 @@ def fgm(model, images, labels, eps, norm="linf", loss=summed_cross_entropy):
     """Fast Gradient Method (Goodfellow et al. 2015): one step of length eps up the loss.
 
     eps in pixel units, norm "linf" or "l2". Returns images within eps of the given ones and in
-    [0, 1]; leaves the model's mode and weights alone. Raises ValueError for an unknown norm and for
-    more or fewer labels than images.
+    [0, 1]; leaves the model's mode and weights alone. Raises ValueError for an unknown norm, for
+    more or fewer labels than images, and for what _refuse_misuse refuses.
     """
+    _refuse_misuse(model, images, eps, norm)
     _, gradient = input_gradient(model, images, labels, loss)
     return fgm_step(images.detach(), gradient, eps, norm)
 
@@ -873,6 +889,7 @@ def pgd(
     Returns the adversarial images, and int64 N: after how many steps an image was first
     misclassified, steps + 1 if it never was. Else as `fgm`.
     """
+    _refuse_misuse(model, images, eps, norm)
     images = images.detach()
     adversarial = (images if start is None else start).clone()
     fooled_after = torch.full_like(labels, steps + 1)
@@ -890,6 +907,15 @@ def pgd(
         right = decide(model(adversarial[alive])) == labels[alive]
     fooled_after[alive[~right]] = steps
     return adversarial, fooled_after
+
+
+def _refuse_misuse(model, images, eps, norm):
+    """Raise ValueError for images not in [0, 1], a model in training mode, or a wrong epsilon."""
+    _refuse_outside(images)
+    if getattr(model, "training", False):
+        raise ValueError("the model is in training mode: call model.eval() before an attack")
+    if eps < 0 or (norm == "linf" and eps > 1):
+        raise ValueError(f"eps is {eps}: give one from 0 to 1 (L2: or more), such as 8 / 255")
 
 
 def input_gradient(model, images, labels, loss=summed_cross_entropy):

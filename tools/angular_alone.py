@@ -4,7 +4,7 @@ Question 6 begins with question 2's weights. This is the comparison of the two l
 terms, on validation images.
 
 Reads   results/q1/split.npz, CIFAR-10
-Writes  results/angular_alone: training.pt, model.pt
+Writes  results/angular_alone: model.pt and the state of its training
 Run     python -m tools.angular_alone --stem stride2
 """
 
@@ -21,31 +21,31 @@ RECIPES = {  # the rate: the best of 0.03, 0.1, 0.3 and 1 after 8 epochs of stri
 
 
 def main():
-    parser = common.argument_parser(__doc__, RECIPES)
-    parser.add_argument("--stem", choices=("auto", *common.STEMS), default="auto")
-    args = common.parse_arguments(parser)
-    folder = args.results / "angular_alone"
+    args = common.parse_arguments(parser())
+    path = args.results / "angular_alone" / "model.pt"
     split, data = common.load_data(args)
-    recipe = common.choose_recipe(
-        args,
-        RECIPES,
-        q2_train_ce.choose_stem(args),
-        "q6",
-        split,
-        cutout=q2_train_ce.CUTOUT,
-        alpha=q6_angular.ALPHA,
-        embedding=q6_angular.EMBEDDING,
-    )
+    stem = q2_train_ce.choose_stem(args)
+    origin = common.provenance(args, "q6", split, seed=args.seed, stem=stem)
+    constants = {"alpha": q6_angular.ALPHA, "embedding": q6_angular.EMBEDDING}
+    constants["cutout"] = q2_train_ce.CUTOUT
+    recipe = common.choose_recipe(args, RECIPES, stem, "q6", split, **constants)
+
     torch.manual_seed(args.seed)
-    model = common.resnet18(q6_angular.EMBEDDING, recipe["stem"]).to(args.device)
-    history = q6_angular.train_embedding(
-        model, training_step, data, recipe, folder / "training.pt", args.fresh
+    model = common.resnet18(q6_angular.EMBEDDING, stem).to(args.device)
+    training = q6_angular.train_embedding(
+        model, training_step, data, recipe, origin, path, args.fresh
     )
-    origin = common.provenance(args, "q6", split)
-    common.save_trained(folder, "model", model, history, recipe, origin)
+    common.save_trained(path, model, training)
     trained = common.frozen(model, args.precision)
     accuracy = q6_angular.validation_accuracy(trained, data)
     print(f"Accuracy on validation by the vote: {common.percent(accuracy)}")
+
+
+def parser():
+    """This tool's flags."""
+    flags = common.training_parser(__doc__, RECIPES)
+    flags.add_argument("--stem", choices=("auto", *common.STEMS), default="auto")
+    return flags
 
 
 def training_step(model, images, labels, generator, recipe):

@@ -5,84 +5,86 @@ more for a robust model on two cores, and goes on after the last finished batch 
 
 Reads   results/q1/split.npz, results/q2/model.pt, results/q4/*.pt, CIFAR-10
 Writes  results/autoattack.json: each model's SHA-256, the images attacked and those still right
-Run     make autoattack
+Run     make autoattack, or python -m tools.autoattack
 """
 
 import contextlib
 import io
 import json
 
-import torch
-
 import common
 
 IMAGES = 1_000
-BATCH = 100  # after each of which the numbers are kept
+BATCH = 100  # after each of which the counts are written
 
 
 def main():
     args = common.parse_arguments(common.argument_parser(__doc__))
+    path = args.results / "autoattack.json"
     split, data = common.load_data(args)
     images, labels = common.as_float(data["test"][0][:IMAGES]), data["test"][1][:IMAGES]
-    path = args.results / "autoattack.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    found = {}
-    for name, checkpoint in classifiers(args, split).items():
+    checkpoints = classifiers(args.results, split)
+    counts = counts_so_far(path, checkpoints)
+    for name, checkpoint in checkpoints.items():
         model = common.frozen(checkpoint["model"].to(args.device))
-        before = kept.get(name, {})
-        found[name] = (
-            before
-            if before.get("sha256") == checkpoint["sha256"]
-            else {"sha256": checkpoint["sha256"], "images": 0, "right": 0}
-        )
-        batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
-        for batch, target in common.with_bar(batches[found[name]["images"] // BATCH :], name):
-            found[name]["right"] += int(survivors(model, batch, target, args).sum())
-            found[name]["images"] += len(batch)
-            common.write_file(path, json.dumps({**kept, **found}, indent=1).encode())
-        right, number = found[name]["right"], found[name]["images"]
-        error = 100 * common.standard_error(right / number, number)
-        print(f"{name}: {common.percent(right / number)} ± {error:.1f} of {number} images")
+        attack_others(model, images, labels, counts, name, path, args.seed)
+        print_count(name, counts[name])
 
 
-def classifiers(args, split):
+def classifiers(results, split):
     """The checkpoints of questions 2 and 4 by the names that tables show."""
-    models = {}
-    for question in ("q2", "q4"):
-        path = args.results / question / "metrics.json"
-        made_by = common.script_command(question, args)
-        if path.exists():
-            for name, model in common.read_metrics(path, made_by)["models"].items():
-                file = args.results / question / model["file"]
-                models[name] = common.read_checkpoint(file, made_by, split)
+    models = {
+        name: common.read_checkpoint(results / question / model["file"], split)
+        for question, metrics in common.metrics_found(results, ("q2", "q4")).items()
+        for name, model in metrics["models"].items()
+    }
     if not models:
-        raise common.UserError(
-            f"{args.results} holds no classifiers; make one with: "
-            + common.script_command("q2", args)
-        )
+        command = common.command_for(results / "q2" / "model.pt")
+        raise common.UserError(f"{results} holds no classifiers; make one with: {command}")
     return models
 
 
-def survivors(model, images, labels, args):
+def counts_so_far(path, checkpoints):
+    """What earlier runs have counted for the same weights: dict from model to its counts."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    counts = {}
+    for name, checkpoint in checkpoints.items():
+        counts[name] = {"sha256": checkpoint["sha256"], "images": 0, "right": 0}
+        if kept.get(name, {}).get("sha256") == checkpoint["sha256"]:
+            counts[name] = kept[name]
+    return counts
+
+
+def attack_others(model, images, labels, counts, name, path, seed):
+    """Attack the batches that are left, and write the counts of all models after each."""
+    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    for batch, target in common.with_bar(batches[counts[name]["images"] // BATCH :], name):
+        counts[name]["right"] += int(survivors(model, batch, target, seed).sum())
+        counts[name]["images"] += len(batch)
+        common.write_file(path, json.dumps(counts, indent=1).encode())
+
+
+def survivors(model, images, labels, seed):
     """Which images AutoAttack does not fool the model on: bool N."""
     from pyautoattack import AutoAttack
 
-    attack = AutoAttack(
-        model,
-        norm="Linf",
-        eps=common.EPSILON["linf"],
-        seed=args.seed,
-        version="standard",
-        device=args.device,
-    )
+    eps, device = common.EPSILON["linf"], images.device
+    threat = {"norm": "Linf", "eps": eps, "version": "standard"}
+    attack = AutoAttack(model, **threat, seed=seed, device=device)
     with contextlib.redirect_stdout(io.StringIO()):
         adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
     change = (adversarial - images).abs().amax()
-    if change > common.EPSILON["linf"] + 1e-6:
+    if change > eps + 1e-6:
         raise AssertionError(f"AutoAttack moved a value by {change:.6f}")
     return common.predict(model, adversarial) == labels
 
 
+def print_count(name, count):
+    """A model's accuracy under AutoAttack with its standard error."""
+    share = count["right"] / count["images"]
+    error = 100 * common.standard_error(share, count["images"])
+    print(f"{name}: {common.percent(share)} ± {error:.1f} of {count['images']} images")
+
+
 if __name__ == "__main__":
-    torch.manual_seed(0)
     common.run(main)

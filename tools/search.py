@@ -45,40 +45,40 @@ AWP = 0.005  # by how much of their own length weights are perturbed (Wu et al. 
 
 
 def main():
-    parser = common.argument_parser(__doc__)
-    parser.add_argument("--stem", choices=("auto", *common.STEMS), default="auto")
-    parser.add_argument(
-        "--epochs",
-        type=common.between(int, 1, 10**6),
-        help="of every variant (its question's recipe)",
-    )
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    args = common.parse_arguments(parser)
+    args = common.parse_arguments(parser())
     path = args.results / "search.csv"
     split, data = common.load_data(args)
-    rows = list(csv.reader(path.read_text().splitlines())) if path.exists() else [HEADER]
     stem = q2_train_ce.choose_stem(args)
+    rows = list(csv.reader(path.read_text().splitlines())) if path.exists() else [HEADER]
     for name in args.only:
         recipe = recipe_of(name, stem, args, split)
         key = [name, str(recipe["epochs"]), str(args.seed)]
         if key in [row[:3] for row in rows]:
             continue
         started = time.perf_counter()
+        origin = common.provenance(args, recipe["question"], split, seed=args.seed, stem=stem)
         try:
-            models = trained(name, recipe, args, split, data)
+            models = trained(name, recipe, origin, args, split, data)
         except common.UserError as error:  # such as a loss that became infinite
             print(f"{name}: {error}", file=sys.stderr)
             continue
         minutes = f"{(time.perf_counter() - started) / 60:.1f}"
-        hardware = common.provenance(args, name, split)["hardware"]
         for end, model in models.items():
-            scores, number = measured(common.frozen(model, args.precision), data["val"], args.seed)
-            shares = [f"{100 * score:.2f}" for score in scores]
-            rows.append([name + end, *key[1:], minutes, *shares, str(number), hardware])
-            buffer = io.StringIO()
-            csv.writer(buffer).writerows(rows)
-            common.write_file(path, buffer.getvalue().encode())
-            print(dict(zip(HEADER, rows[-1], strict=True)), flush=True)
+            shares = measured(common.frozen(model, args.precision), data["val"], args.seed)
+            cells = [f"{100 * share:.2f}" for share in shares]
+            attacked = str(len(data["val"][1][:ATTACKED]))
+            rows.append([name + end, *key[1:], minutes, *cells, attacked, origin["hardware"]])
+            write_rows(path, rows)
+
+
+def parser():
+    """This tool's flags."""
+    flags = common.argument_parser(__doc__)
+    flags.add_argument("--stem", choices=("auto", *common.STEMS), default="auto")
+    whole = common.between(int, 1, 10**6)
+    flags.add_argument("--epochs", type=whole, help="of every variant (its question's recipe)")
+    flags.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    return flags
 
 
 def recipe_of(name, stem, args, split):
@@ -89,11 +89,11 @@ def recipe_of(name, stem, args, split):
         "cutout": q2_train_ce.CUTOUT,
         "eps": common.EPSILON["linf"],
     }
-    recipe = common.choose_recipe(args, module.RECIPES, stem, "search", split, **constants)
+    recipe = common.choose_recipe(args, module.RECIPES, stem, name[:2], split, **constants)
     return {**recipe, "variant": name, **VARIANTS[name][0]}
 
 
-def trained(name, recipe, args, split, data):
+def trained(name, recipe, origin, args, split, data):
     """The variant's last model and the mean of its last ones: dict from a name's end to it."""
     _, step, prepare = VARIANTS[name]
     torch.manual_seed(recipe["seed"])
@@ -109,9 +109,8 @@ def trained(name, recipe, args, split, data):
         frozen = common.frozen(model, recipe["precision"])
         return common.validation_scores(frozen, common.as_float(images), labels)
 
-    state = args.results / "search" / "training.pt"
-    batches = common.shuffled_batches
-    common.train(model, data["train"], step, batches, evaluate, recipe, state, fresh=True)
+    path, batches = args.results / "search" / "model.pt", common.shuffled_batches
+    common.train(model, data["train"], step, batches, evaluate, recipe, origin, path, fresh=True)
     mean = copy.deepcopy(model)
     mean.load_state_dict(
         {key: torch.stack([each[key].float() for each in weights]).mean(0) for key in weights[0]}
@@ -135,26 +134,36 @@ def renew_statistics(model, train, step, recipe):
 
 
 def measured(model, val, seed):
-    """Accuracies of a `frozen` model by the columns of HEADER, and how many images were attacked.
+    """Accuracies of a `frozen` model by the columns of HEADER, from clean to strongest: floats.
 
-    The attacks and "strongest" are on the first ATTACKED images, as they are.
+    The attacks are on the first ATTACKED images, as they are.
     """
     images, labels = common.as_float(val[0]), val[1]
     perturbed = common.perturbed_images(val[0], "val", seed)
     clean, shifted = (
         common.accuracy(common.predict(model, part), labels) for part in (images, perturbed)
     )
-    images, labels = images[:ATTACKED], labels[:ATTACKED]
-    eps, losses = common.EPSILON["linf"], (common.summed_cross_entropy, common.summed_margin)
-    fgm = common.fgm_accuracies(model, images, labels, [("linf", eps)])[1]
-    pgd = common.pgd_accuracy_by_step(
-        model, images, labels, eps, common.PGD_STEP_SIZE, common.PGD_STEPS
-    )[-1]
-    strongest = common.strongest_accuracy(model, images, labels, losses, common.most_likely)
-    return (clean, shifted, fgm, pgd, strongest), len(images)
+    images, labels, eps = images[:ATTACKED], labels[:ATTACKED], common.EPSILON["linf"]
+    attacked = common.attacks_on(
+        model, images, labels, common.summed_cross_entropy, common.most_likely
+    )
+    _, _, under_fgm, fooled_after = attacked
+    survivors = fooled_after(eps, common.PGD_STEP_SIZE) > common.PGD_STEPS
+    strongest = common.right_under_strongest(
+        model, images, labels, survivors, [common.summed_margin], common.most_likely
+    )
+    return [clean, shifted, *map(common.share, (under_fgm(eps), survivors, strongest))]
 
 
-# ---- Steps and what comes before training --------------------------------------------------------
+def write_rows(path, rows):
+    """Write the table, and print its last row."""
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(rows)
+    common.write_file(path, buffer.getvalue().encode())
+    print(dict(zip(HEADER, rows[-1], strict=True)), flush=True)
+
+
+# ---- Steps and what comes before training -------------------------------------------------------
 
 
 def mixup(model, images, labels, generator, recipe):
@@ -164,13 +173,15 @@ def mixup(model, images, labels, generator, recipe):
     other = common.send(torch.randperm(len(images), generator=generator), images.device)
     logits = model(torch.lerp(images[other], images, share))
     smoothing = recipe["label_smoothing"]
-    loss = share * F.cross_entropy(logits, labels, label_smoothing=smoothing) + (
-        1 - share
-    ) * F.cross_entropy(logits, labels[other], label_smoothing=smoothing)
-    return loss, (logits.argmax(1) == labels).sum()
+    of_each, of_other = (
+        F.cross_entropy(logits, classes, label_smoothing=smoothing)
+        for classes in (labels, labels[other])
+    )
+    return share * of_each + (1 - share) * of_other, (logits.argmax(1) == labels).sum()
 
 
 def attacked_after_trivial_augment(model, images, labels, generator, recipe):
+    """Question 4's step on images that TrivialAugment has changed before."""
     images = q2_train_ce.trivial_augment(images, generator)
     return q4_adv_train.step_on_attacked(model, images, labels, generator, recipe)
 

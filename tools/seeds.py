@@ -1,6 +1,7 @@
-"""Mean and standard deviation of every model's accuracies over several seeds: make seeds.
+"""Mean and standard deviation of every model's accuracies over several seeds.
 
-Run     python -m tools.seeds FOLDER FOLDER...
+Reads   the metrics.json of questions 3, 4 and 6 in each results folder
+Run     make seeds, or python -m tools.seeds FOLDER FOLDER...
 """
 
 import statistics
@@ -18,8 +19,8 @@ def main():
         raise common.UserError("give two results folders or more, or let them be made: make seeds")
     runs = [accuracies_in(folder) for folder in folders]
     rows = [
-        [name, *(mean_and_deviation([run[name][title] for run in runs]) for title in conditions)]
-        for name, conditions in runs[0].items()
+        [name, *(mean_and_deviation([run[name][title] for run in runs]) for title in columns)]
+        for name, columns in runs[0].items()
     ]
     title = f"Accuracy on test in %, mean and standard deviation over {len(folders)} seeds"
     common.print_table(title, ["model", *common.CONDITIONS.values(), *IN_L2.values()], rows)
@@ -29,8 +30,9 @@ def accuracies_in(folder):
     """What questions 3, 4 and 6 measured: dict from model to dict from column to accuracy."""
     accuracies = {}
     for question in ("q3", "q4", "q6"):
-        metrics = common.read_metrics(folder / question / "metrics.json", "make seeds")
-        for name, model in metrics["models"].items():
+        for name, model in common.read_metrics(folder / question / "metrics.json")[
+            "models"
+        ].items():
             accuracies[name] = {
                 **{title: model["accuracy"][key] for key, title in common.CONDITIONS.items()},
                 **{title: model["accuracy_l2"][key] for key, title in IN_L2.items()},
