@@ -855,10 +855,10 @@ def fgm(model, images, labels, eps, norm="linf", loss=summed_cross_entropy):
     """Fast Gradient Method (Goodfellow et al. 2015): one step of length eps up the loss.
 
     eps in pixel units, norm "linf" or "l2". Returns images within eps of the given ones and in
-    [0, 1]; leaves the model's mode and weights alone. Raises ValueError for an unknown norm, for
-    more or fewer labels than images, and for what _refuse_misuse refuses.
+    [0, 1]; leaves the model's mode and weights alone. Raises ValueError for images not in [0, 1],
+    more or fewer labels, a model in training mode, an unknown norm, and an epsilon like 8.
     """
-    _refuse_misuse(model, images, eps, norm)
+    _refuse_misuse(model, images, labels, eps, norm)
     _, gradient = input_gradient(model, images, labels, loss)
     return fgm_step(images.detach(), gradient, eps, norm)
 
@@ -889,7 +889,7 @@ def pgd(
     Returns the adversarial images, and int64 N: after how many steps an image was first
     misclassified, steps + 1 if it never was. Else as `fgm`.
     """
-    _refuse_misuse(model, images, eps, norm)
+    _refuse_misuse(model, images, labels, eps, norm)
     images = images.detach()
     adversarial = (images if start is None else start).clone()
     fooled_after = torch.full_like(labels, steps + 1)
@@ -909,9 +909,11 @@ def pgd(
     return adversarial, fooled_after
 
 
-def _refuse_misuse(model, images, eps, norm):
-    """Raise ValueError for images not in [0, 1], a model in training mode, or a wrong epsilon."""
+def _refuse_misuse(model, images, labels, eps, norm):
+    """Raise ValueError for what would give an attack's numbers another meaning."""
     _refuse_outside(images)
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images, but {len(labels)} labels")
     if getattr(model, "training", False):
         raise ValueError("the model is in training mode: call model.eval() before an attack")
     if eps < 0 or (norm == "linf" and eps > 1):
@@ -920,8 +922,6 @@ def _refuse_misuse(model, images, eps, norm):
 
 def input_gradient(model, images, labels, loss=summed_cross_entropy):
     """model(images), and the loss's gradient at the images alone: the weights' are not computed."""
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images, but {len(labels)} labels")
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         output = model(images)

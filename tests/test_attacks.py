@@ -12,7 +12,7 @@ import common
 import helpers
 import q4_adv_train
 
-EPS = 8 / 255
+EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 20
 
 
 @pytest.fixture(scope="module")
@@ -24,24 +24,34 @@ def linear():
 
 @pytest.fixture(scope="module")
 def network():
-    """A small network that is not linear, in eval mode."""
+    """A small network that is not linear and resists an attack on some images, in eval mode."""
     torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 4, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)
-    ).eval()
+    layers = nn.AvgPool2d(4), nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)
+    layers[1].weight.data *= 3  # so that FGM and PGD part
+    return nn.Sequential(*layers).eval()
 
 
 @pytest.fixture(scope="module")
 def images():
-    """Images of noise in which many values are 0 or 1, so that clipping matters."""
-    return (
-        1.4 * torch.rand(600, 3, 32, 32, generator=torch.Generator().manual_seed(2)) - 0.2
-    ).clamp(0, 1)
+    """Images of coarse noise in which many values are 0 or 1, so that clipping matters."""
+    noise = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    return (1.4 * noise - 0.2).clamp(0, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
 @pytest.fixture(scope="module")
 def labels():
-    return torch.arange(600) % 10
+    return torch.arange(200) % 10
+
+
+@pytest.fixture(scope="module")
+def mostly_right(network, images, labels):
+    """Labels of which four fifths are what the network says."""
+    return common.predict(network, images).where(torch.arange(200) % 5 > 0, labels)
+
+
+def pgd_to_the_end(model, images, labels, *settings):
+    """PGD's images after all steps: no image ever counts as fooled."""
+    return common.pgd(model, images, labels, *settings, decide=lambda output: labels)[0]
 
 
 def gradient_of_linear(model, images, labels):
@@ -51,7 +61,7 @@ def gradient_of_linear(model, images, labels):
     return ((probabilities - F.one_hot(labels, 10)) @ weight).view_as(images)
 
 
-# ---- FGM and PGD -------------------------------------------------------------------------------
+# ---- FGM and PGD --------------------------------------------------------------------------------
 
 
 def test_fgm_in_linf_is_a_step_along_the_gradients_sign(linear, images, labels):
@@ -68,12 +78,13 @@ def test_fgm_in_l2_is_a_step_along_the_gradient_of_length_eps(linear, images, la
 
 @pytest.fixture(scope="module")
 def two_classes():
-    """A linear classifier of two classes: its gradient has the same direction everywhere, for each
-    label."""
+    """A linear classifier of two classes, and the direction of its gradient for label 0.
+
+    It is the same everywhere, and the opposite for label 1.
+    """
     torch.manual_seed(3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)).eval()
-    towards_class_1 = (model[1].weight[1] - model[1].weight[0]).detach().view(1, 3, 32, 32)
-    return model, towards_class_1
+    return model, (model[1].weight[1] - model[1].weight[0]).detach().view(1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
@@ -81,10 +92,9 @@ def test_pgd_in_linf_walks_straight_to_the_edge_of_the_ball(two_classes, images,
     model, towards_class_1 = two_classes
     labels = torch.arange(len(images)) % 2
     direction = towards_class_1.sign() * (1 - 2 * labels).view(-1, 1, 1, 1)
-    expected = (images + min(steps * 2 / 255, EPS) * direction).clamp(0, 1)
-    assert torch.allclose(
-        common.pgd(model, images, labels, EPS, 2 / 255, steps), expected, atol=1e-6
-    )
+    expected = (images + min(steps * STEP_SIZE, EPS) * direction).clamp(0, 1)
+    found = pgd_to_the_end(model, images, labels, EPS, STEP_SIZE, steps)
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
@@ -93,14 +103,13 @@ def test_pgd_in_l2_walks_straight_to_the_edge_of_the_ball(two_classes, images, s
     inner = 0.3 + 0.4 * images  # so far from 0 and 1 that nothing is clipped
     labels = torch.zeros(len(images), dtype=torch.long)
     expected = inner + min(steps * 0.1, 0.5) * towards_class_1 / towards_class_1.norm()
-    assert torch.allclose(
-        common.pgd(model, inner, labels, 0.5, 0.1, steps, "l2"), expected, atol=1e-5
-    )
+    found = pgd_to_the_end(model, inner, labels, 0.5, 0.1, steps, "l2")
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm, eps, step_size", [("linf", EPS, 5 / 255), ("l2", 0.5, 0.4)])
 def test_pgd_stays_in_the_ball_and_among_images(network, images, labels, norm, eps, step_size):
-    adversarial = common.pgd(network, images, labels, eps, step_size, 7, norm)
+    adversarial = pgd_to_the_end(network, images, labels, eps, step_size, 7, norm)
     change = (adversarial - images).flatten(1)
     size = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
     assert size.max() <= eps + 1e-6 and size.max() > 0.9 * eps
@@ -108,195 +117,224 @@ def test_pgd_stays_in_the_ball_and_among_images(network, images, labels, norm, e
 
 
 def test_pgd_raises_the_loss_more_than_fgm(network, images, labels):
-    clean, fgm, pgd = (
-        F.cross_entropy(network(each), labels)
-        for each in (
-            images,
-            common.fgm(network, images, labels, EPS),
-            common.pgd(network, images, labels, EPS, 2 / 255, 20),
-        )
-    )
-    assert clean < fgm < pgd
+    fgm = common.fgm(network, images, labels, EPS)
+    pgd = pgd_to_the_end(network, images, labels, EPS, STEP_SIZE, STEPS)
+    losses = [F.cross_entropy(network(each), labels).item() for each in (images, fgm, pgd)]
+    assert losses[0] < losses[1] < losses[2]
 
 
-def test_an_l2_attack_keeps_its_bounds_where_the_squared_gradient_underflows(
-    linear, images, labels
-):
-    """A classifier that is sure of itself has gradients whose squares are below float32's smallest
-    number."""
-    correct = linear(images).argmax(1)
-    sure = copy.deepcopy(linear)
+def test_pgd_stops_at_the_first_step_that_fools_even_if_a_later_one_would_be_right_again():
+    def wavy(images):
+        """Class 0 where a wave over the mean brightness is positive.
+
+        Steps of over half its length jump back and forth.
+        """
+        wave = (2 * math.pi * images.mean((1, 2, 3)) / 0.05).cos()
+        return torch.stack([wave, torch.zeros_like(wave)], dim=1)
+
+    images = torch.linspace(0.3, 0.7, 199).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    labels = torch.zeros(199, dtype=torch.long)
+    found, fooled_after = common.pgd(wavy, images, labels, 0.2, 0.03, 5)
+    alive, recovered = torch.ones(199, dtype=torch.bool), 0
+    for steps in range(6):
+        made = pgd_to_the_end(wavy, images, labels, 0.2, 0.03, steps)
+        wrong = wavy(made).argmax(1) != labels
+        assert torch.equal(alive & wrong, fooled_after == steps)
+        assert torch.equal(found[alive & wrong], made[alive & wrong])
+        recovered += (~alive & ~wrong).sum()
+        alive &= ~wrong
+    assert torch.equal(alive, fooled_after == 6)
+    assert alive.any() and recovered > 0
+
+
+def test_an_l2_attack_keeps_its_bounds_where_the_squared_gradient_underflows(linear, images):
+    """A sure classifier's gradients have squares below float32's smallest number."""
+    two_best, classes = linear(images).topk(2)
+    margin = (two_best[:, 0] - two_best[:, 1]).detach()
+    chosen, sure = margin > margin.median(), copy.deepcopy(linear)
     with torch.no_grad():
-        margin = linear(images).topk(2).values.diff().abs()
-        chosen = margin[:, 0] > margin.median()
         sure[1].weight *= 60 / margin.median()
         sure[1].bias *= 60 / margin.median()
-    adversarial = common.fgm(sure, images[chosen], correct[chosen], 0.5, "l2")
-    assert (adversarial - images[chosen]).flatten(1).norm(dim=1).max() <= 0.5 + 1e-5
-
-
-def test_an_unknown_norm_is_refused(linear, images, labels):
-    with pytest.raises(ValueError, match="l1"):
-        common.fgm(linear, images, labels, EPS, "l1")
+    adversarial = common.fgm(sure, images[chosen], classes[chosen, 0], 0.5, "l2")
+    length = (adversarial - images[chosen]).flatten(1).norm(dim=1)
+    assert 0.1 < length.max() <= 0.5 + 1e-5
 
 
 def test_attacks_leave_the_model_as_it_is(images, labels):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 10)
-    ).eval()
+    layers = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 10)
+    model = nn.Sequential(*layers).eval()
     before = copy.deepcopy(model.state_dict())
-    common.robustness(model, model, images[:50], images[50:100], labels[:50], seed=0)
     common.fgm(model, images, labels, EPS)
-    common.pgd(model, images, labels, EPS, 2 / 255, 2)
+    common.pgd(model, images, labels, EPS, STEP_SIZE, 2)
     assert not model.training
     assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_images_that_require_gradients_and_a_callers_no_grad_change_nothing(
+    network, images, labels
+):
+    expected, _ = common.pgd(network, images, labels, EPS, STEP_SIZE, 3)
+    given = images.clone().requires_grad_()
+    found, _ = common.pgd(network, given, labels, EPS, STEP_SIZE, 3)
+    assert torch.equal(found, expected) and not found.requires_grad and given.grad is None
+    with torch.no_grad():
+        found, _ = common.pgd(network, images, labels, EPS, STEP_SIZE, 3)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_epsilon_of_0_changes_nothing_even_where_the_gradient_is_0(images, labels, norm):
+    def constant(images):
+        return (0 * images).flatten(1)[:, :10]
+
+    for model in (constant, lambda images: images.flatten(1)[:, :10]):
+        assert torch.equal(common.fgm(model, images, labels, 0.0, norm), images)
+        assert torch.equal(pgd_to_the_end(model, images, labels, 0.0, 0.1, 3, norm), images)
+    assert torch.equal(common.fgm(constant, images, labels, 0.5, norm), images)
+
+
 def test_random_noise_moves_every_value_by_eps_or_to_the_edge(images):
     noisy = common.random_noise(images, EPS, torch.Generator().manual_seed(0))
-    up, down = (images + EPS).clamp(0, 1), (images - EPS).clamp(0, 1)
-    went_up, went_down = noisy == up, noisy == down
-    assert (went_up | went_down).all()
+    went_up = noisy == (images + EPS).clamp(0, 1)
+    assert (went_up | (noisy == (images - EPS).clamp(0, 1))).all()
     assert went_up.double().mean() == pytest.approx(0.5, abs=0.01)
 
 
-# ---- Accuracy under attack ---------------------------------------------------------------------
+# ---- What is refused ----------------------------------------------------------------------------
 
 
-def test_fgm_accuracies_are_those_of_the_attacked_images(network, images, labels):
-    labels = network(images).argmax(1).where(torch.arange(600) % 5 > 0, labels)  # four fifths right
-    attacks = [("linf", 1 / 255), ("linf", EPS), ("l2", 0.2)]
-    expected = [common.accuracy(network(images).argmax(1), labels)]
-    expected += [
-        common.accuracy(network(common.fgm(network, images, labels, eps, norm)).argmax(1), labels)
-        for norm, eps in attacks
-    ]
-    assert common.fgm_accuracies(network, images, labels, attacks) == expected
-    assert expected[0] > expected[1] > expected[2]
+def attacks(model, images, labels, eps=EPS, norm="linf"):
+    return {
+        "fgm": lambda: common.fgm(model, images, labels, eps, norm),
+        "pgd": lambda: common.pgd(model, images, labels, eps, EPS, 2, norm),
+    }
 
 
-def test_a_function_of_the_attacked_images_sees_a_batch_at_a_time(network, images, labels):
-    sizes = []
-
-    def logits(attacked):
-        sizes.append(len(attacked))
-        return network(attacked)
-
-    found = common.under_fgm(logits, network, images, labels)
-    assert sizes == [250, 250, 100]
-    assert torch.allclose(found, network(common.fgm(network, images, labels, EPS)), atol=1e-5)
+@pytest.mark.parametrize("attack", ["fgm", "pgd"])
+@pytest.mark.parametrize("count", [0, 1, 199, 201])
+def test_labels_of_another_length_than_the_images_are_refused(linear, images, attack, count):
+    with pytest.raises(ValueError, match=f"200 images, but {count} labels"):
+        attacks(linear, images, torch.zeros(count, dtype=torch.long))[attack]()
 
 
-def test_pgd_by_step_counts_the_images_that_no_step_so_far_has_fooled():
-    def wavy(images):
-        """Class 0 where a wave over the mean brightness is positive: steps of over half its length
-        jump back and forth."""
-        wave = (2 * math.pi * images.mean((1, 2, 3)) / 0.05).cos()
-        return torch.stack([wave, torch.zeros_like(wave)], dim=1)
+@pytest.mark.parametrize("attack", ["fgm", "pgd"])
+@pytest.mark.parametrize("eps, norm, said", [(8, "linf", "8 / 255"), (-EPS, "l2", "from 0")])
+def test_an_epsilon_in_another_unit_is_refused(linear, images, labels, attack, eps, norm, said):
+    with pytest.raises(ValueError, match=said):
+        attacks(linear, images, labels, eps, norm)[attack]()
 
-    images, labels = (
-        torch.linspace(0.3, 0.7, 199).view(-1, 1, 1, 1).expand(-1, 3, 4, 4),
-        torch.zeros(199, dtype=torch.long),
+
+@pytest.mark.parametrize("attack", ["fgm", "pgd"])
+def test_an_unknown_norm_is_refused(linear, images, labels, attack):
+    with pytest.raises(ValueError, match="l1"):
+        attacks(linear, images, labels, norm="l1")[attack]()
+
+
+@pytest.mark.parametrize("attack", ["fgm", "pgd"])
+def test_a_model_in_training_mode_is_not_attacked(linear, images, labels, attack):
+    model = copy.deepcopy(linear).train()
+    with pytest.raises(ValueError, match=r"eval\(\)"):
+        attacks(model, images, labels)[attack]()
+
+
+UNFIT = {
+    "bytes": (lambda images: (255 * images).byte(), "as_float"),
+    "0 to 255": (lambda images: 255 * images, "outside"),
+    "below 0": (lambda images: images - 0.01, "outside"),
+    "not a number": (lambda images: images / images, "outside"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_images_that_are_not_floats_from_0_to_1_are_refused(linear, images, labels, kind):
+    change, said = UNFIT[kind]
+    unfit = change(images)
+    functions = attacks(linear, unfit, labels)
+    functions["predict"] = lambda: common.predict(linear, unfit)
+    if kind == "bytes":  # more would make a GPU wait in training
+        functions["perturb"] = lambda: common.perturb(unfit, torch.Generator())
+    for function in functions.values():
+        with pytest.raises(ValueError, match=said):
+            function()
+
+
+# ---- Accuracy under attack ----------------------------------------------------------------------
+
+
+def right_under(attack, model, images, labels, *settings):
+    return common.predict(model, attack(model, images, labels, *settings)) == labels
+
+
+def test_one_gradient_attacks_as_fgm_and_pgd_do_by_themselves(network, images, mostly_right):
+    labels, loss = mostly_right, common.summed_cross_entropy
+    clean, gradient, under_fgm, fooled_after = common.attacks_on(
+        network, images, labels, loss, common.most_likely
     )
-    alive, expected = torch.ones(199, dtype=torch.bool), []
-    for steps in range(6):
-        right = (
-            wavy(common.pgd(wavy, images, labels, 0.2, 0.03, steps) if steps else images).argmax(1)
-            == labels
-        )
-        alive &= right
-        expected.append(alive.double().mean().item())
-    assert common.pgd_accuracy_by_step(wavy, images, labels, 0.2, 0.03, 5) == expected
-    assert expected[0] > expected[-1] > 0
-    assert (right & ~alive).any()  # some images recover, and stay counted as lost
+    assert torch.equal(clean, common.predict(network, images) == labels)
+    assert torch.allclose(gradient, common.input_gradient(network, images, labels)[1])
+    for eps, norm, count in (EPS, "linf", None), (1 / 255, "linf", 50), (0.2, "l2", 50):
+        expected = right_under(common.fgm, network, images, labels, eps, norm)[:count]
+        assert torch.equal(under_fgm(eps, norm, count), expected)
+    for eps, count in (EPS, None), (1 / 255, 50):
+        _, expected = common.pgd(network, images, labels, eps, eps / 4, STEPS)
+        assert torch.equal(fooled_after(eps, eps / 4, count), expected[:count])
+    assert 0 < under_fgm(EPS).sum() < clean.sum()
 
 
-class Quantise(nn.Module):
-    """Rounds its input to five levels, which leaves no gradient: the simplest defence that only
-    masks gradients."""
-
-    def forward(self, images):
-        return (4 * images).round() / 4
+@pytest.fixture
+def unfrozen(monkeypatch):
+    """Lets robustness measure a small model as it is."""
+    monkeypatch.setattr(common, "frozen", lambda model, precision="float32": model)
 
 
-@pytest.fixture(scope="module")
-def matched():
-    """A linear classifier that is right about images of faint patterns in noise, and those images
-    with their labels."""
-    torch.manual_seed(5)
-    patterns = torch.randn(10, 3072).sign()
-    labels = torch.arange(500) % 10
-    images = (
-        (0.5 + 0.02 * patterns[labels] + 0.1 * torch.randn(500, 3072))
-        .clamp(0, 1)
-        .view(-1, 3, 32, 32)
-    )
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
-    model[1].weight.data = 0.1 * patterns
-    model[1].bias.data = -0.05 * patterns.sum(
-        1
-    )  # so that mid-grey, on which the patterns lie, counts for no class
-    return model, images, labels
+@pytest.fixture
+def measured(unfrozen, monkeypatch, network, images, mostly_right):
+    """What robustness returns of 100 images, the last 40 of which are not attacked by all means."""
+    for name in ("STRONGEST_IMAGES", "CURVE_IMAGES", "CHECKED_IMAGES"):
+        monkeypatch.setattr(common, name, 60)
+    perturbed = common.perturb(images[:100], torch.Generator().manual_seed(0))
+    given = images[:100], perturbed, mostly_right[:100]
+    return given, common.robustness(network, *given, seed=0, precision="float32")
 
 
-def test_a_plain_model_gives_no_warning(matched):
-    model, images, labels = matched
-    measured = common.robustness(model, model, images, images, labels, seed=0)
-    assert measured["accuracy"]["clean"] > 0.99 and measured["accuracy"]["fgm"] < 0.01
-    assert measured["checks"]["noise"] > 0.99
-    assert measured["warnings"] == []
+def test_robustness_has_each_condition_as_its_name_says(measured, network):
+    (images, perturbed, labels), (found, right, _) = measured
+    pgd = common.pgd(network, images, labels, EPS, STEP_SIZE, STEPS)[1] > STEPS
+    losses = [common.summed_margin]
+    expected = {
+        "clean": common.predict(network, images) == labels,
+        "perturbed": common.predict(network, perturbed) == labels,
+        "fgm": right_under(common.fgm, network, images, labels, EPS),
+        "perturbed_fgm": right_under(common.fgm, network, perturbed, labels, EPS),
+        "pgd": pgd,
+        "strongest": common.right_under_strongest(
+            network, images[:60], labels[:60], pgd[:60], losses, common.most_likely
+        ),
+    }
+    assert right.keys() == found["accuracy"].keys() == expected.keys()
+    for name, which in expected.items():
+        assert torch.equal(right[name], which), name
+        assert found["accuracy"][name] == pytest.approx(which.float().mean().item())
+    for name, given in ("fgm", images), ("perturbed_fgm", perturbed):
+        in_l2 = right_under(common.fgm, network, given, labels, 0.5, "l2")
+        assert found["accuracy_l2"][name] == pytest.approx(in_l2.float().mean().item())
+    assert found["strongest_images"] == 60
 
 
-def test_masked_gradients_give_warnings(matched):
-    model, images, labels = matched
-    masked = nn.Sequential(Quantise(), model)
-    measured = common.robustness(masked, masked, images, images, labels, seed=0)
-    assert measured["accuracy"]["pgd"] == measured["accuracy"]["clean"] > 0.5
-    text = " ".join(measured["warnings"])
-    assert "Random noise" in text and "eps = 1" in text
-
-
-def test_an_attack_that_is_stronger_in_float32_gives_a_warning(matched):
-    model, images, labels = matched
-    measured = common.robustness(
-        nn.Sequential(Quantise(), model), model, images, images, labels, seed=0
-    )
-    assert measured["checks"]["fgm"] > measured["checks"]["fgm_float32"] + 0.5
-    assert any("--precision float32" in warning for warning in measured["warnings"])
-
-
-def test_catastrophic_overfitting_gives_a_warning():
-    values = {"clean": 0.9, "fgm": 0.8, "pgd": 0.0}
-    model, image = nn.Flatten(), torch.zeros(1, 10, 1, 1)
-    _, warnings = common.attack_checks(
-        model,
-        model,
-        image,
-        torch.tensor([0]),
-        values,
-        0,
-        common.summed_cross_entropy,
-        common.most_likely,
-    )
-    assert any("far weaker than PGD" in warning for warning in warnings)
-
-
-def test_the_strongest_attack_fools_what_any_of_its_losses_fools(network, images, labels):
-    sure = nn.Sequential(network, Scaled(1e5))  # cross-entropy is flat: its gradients are 0
-    labels = network(images).argmax(1)
-    losses = [common.summed_cross_entropy, common.summed_margin]
-    step = common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS
-    survives = torch.ones(600, dtype=torch.bool)
-    for loss in losses:
-        found = common.attack(sure, images, labels, *step, loss=loss, decide=common.most_likely)[1]
-        survives &= found > common.PGD_STEPS
-    together, alone = (
-        common.strongest_accuracy(sure, images, labels, tried, common.most_likely)
-        for tried in (losses, losses[:1])
-    )
-    assert together == survives.float().mean().item() < alone - 0.1
+def test_robustness_has_pgds_accuracy_after_every_step_and_over_epsilon(measured, network):
+    (images, _, labels), (found, *_) = measured
+    _, after = common.pgd(network, images, labels, EPS, STEP_SIZE, STEPS)
+    by_step = [(after > steps).float().mean().item() for steps in range(STEPS + 1)]
+    assert found["pgd_by_step"] == pytest.approx(by_step)
+    images, labels, curve = images[:60], labels[:60], found["by_eps"]
+    assert [round(255 * eps) for eps in curve["eps"]] == [0, 2, 4, 8, 12, 16]
+    for eps, fgm, pgd in zip(curve["eps"], curve["fgm"], curve["pgd"], strict=True):
+        under_fgm = right_under(common.fgm, network, images, labels, eps)
+        _, after = common.pgd(network, images, labels, eps, eps / 4, STEPS)
+        assert fgm == pytest.approx(under_fgm.float().mean().item())
+        assert pgd == pytest.approx((after > STEPS).float().mean().item())
+    assert curve["images"] == 60 and curve["fgm"][0] > curve["fgm"][3] > curve["pgd"][5]
 
 
 class Scaled(nn.Module):
@@ -308,6 +346,21 @@ class Scaled(nn.Module):
         return self.factor * logits
 
 
+def test_the_strongest_attack_fools_what_any_of_its_losses_fools(network, images):
+    sure = nn.Sequential(network, Scaled(1e5)).eval()  # cross-entropy is flat: its gradients are 0
+    labels, settings = common.predict(network, images), (EPS, STEP_SIZE, STEPS)
+    by_entropy, by_margin = (
+        common.pgd(sure, images, labels, *settings, loss=loss)[1] > STEPS
+        for loss in (common.summed_cross_entropy, common.summed_margin)
+    )
+    losses = [common.summed_margin]
+    together = common.right_under_strongest(
+        sure, images, labels, by_entropy, losses, common.most_likely
+    )
+    assert torch.equal(together, by_entropy & by_margin)
+    assert together.sum() < by_entropy.sum() - 20
+
+
 def test_the_margin_is_how_far_the_best_other_class_is_ahead():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, -1.0]], requires_grad=True)
     margin = common.summed_margin(logits, torch.tensor([0, 2]))
@@ -316,168 +369,138 @@ def test_the_margin_is_how_far_the_best_other_class_is_ahead():
     assert logits.grad.tolist() == [[-1, 0, 1], [0, 1, -1]]
 
 
-def test_robustness_counts_the_strongest_attack_on_the_first_images(matched, monkeypatch):
-    model, images, labels = matched
-    monkeypatch.setattr(common, "STRONGEST_IMAGES", 100)
-    measured = common.robustness(model, model, images, images, labels, seed=0)
-    assert measured["strongest_images"] == 100
-    assert measured["accuracy"]["strongest"] <= measured["accuracy"]["pgd"] + 0.05
+# ---- Signs of a flawed attack -------------------------------------------------------------------
 
 
-def test_the_curves_over_epsilon_are_those_of_the_first_images_attacked(matched, monkeypatch):
-    model, images, labels = matched
-    monkeypatch.setattr(common, "CURVE_IMAGES", 200)
-    found = common.robustness(model, model, images, images, labels, seed=0)["by_eps"]
-    images, labels = images[:200], labels[:200]
-    assert found["images"] == 200
-    assert [round(255 * eps) for eps in found["eps"]] == [0, 2, 4, 8, 12, 16]
-    for eps, fgm, pgd in zip(found["eps"], found["fgm"], found["pgd"], strict=True):
-        attacked = common.fgm(model, images, labels, eps)
-        assert fgm == common.accuracy(model(attacked).argmax(1), labels)
-        by_step = common.pgd_accuracy_by_step(model, images, labels, eps, eps / 4, 20)
-        assert pgd == pytest.approx(by_step[-1])
-    assert found["fgm"][0] > found["fgm"][3]
+class Quantise(nn.Module):
+    """Five levels, which leave no gradient: the simplest defence that only masks gradients."""
+
+    def forward(self, images):
+        return (4 * images).round() / 4
 
 
-def test_the_attacks_take_no_longer_than_is_said(monkeypatch):
-    """On images that no attack fools, in gradients: a minute each by a stopped clock."""
-    images, labels = torch.rand(2500, 3, 4, 4), torch.zeros(2500, dtype=torch.long)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
-    taken, original = [], common.input_gradient
-
-    def counted(model, images, *arguments):
-        taken.append(len(images))
-        return original(model, images, *arguments)
-
-    monkeypatch.setattr(common, "input_gradient", counted)
-
-    def never_fooled(logits):
-        return torch.zeros(len(logits), dtype=torch.long)
-
-    common.robustness(model, model, images, images, labels, 0, decide=never_fooled)
-    gradients = sum(taken)
-    clock = iter([0, 900 * 250, 0, 60 * 250, 0, 120 * 250])  # two of them are disturbed
-    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
-    said = common.minutes_of_attacks(model, images, labels, common.summed_cross_entropy)
-    assert gradients <= said < 1.5 * gradients
+@pytest.fixture(scope="module")
+def matched():
+    """A linear classifier that is right about faint patterns in noise; such images, labels."""
+    torch.manual_seed(5)
+    patterns, labels = torch.randn(10, 3072).sign(), torch.arange(60) % 10
+    images = 0.5 + 0.02 * patterns[labels] + 0.1 * torch.randn(60, 3072)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
+    model[1].weight.data = 0.1 * patterns
+    model[1].bias.data = -0.05 * patterns.sum(1)  # so that mid-grey counts for no class
+    return model, images.clamp(0, 1).view(-1, 3, 32, 32), labels
 
 
-# ---- The attack in question 4's training -------------------------------------------------------
-
-
-@pytest.mark.parametrize("noise", [1, 2, 4])
-def test_n_fgsm_goes_up_the_loss_from_noise_of_so_many_eps(network, images, labels, noise):
-    attacked = q4_adv_train.n_fgsm(
-        network, images, labels, EPS, noise, torch.Generator().manual_seed(0)
+def checks_of(model, exact, images, labels):
+    """attack_checks as robustness makes them, and the text of the warnings."""
+    loss, decide = common.summed_cross_entropy, common.most_likely
+    clean, _, under_fgm, fooled_after = common.attacks_on(model, images, labels, loss, decide)
+    pgd = fooled_after(EPS, STEP_SIZE) > STEPS
+    right = {"clean": clean, "fgm": under_fgm(EPS), "pgd": pgd}
+    checks = common.attack_checks(
+        model, exact, images, labels, right, fooled_after, 0, loss, decide
     )
+    accuracies = {name: common.share(which) for name, which in right.items()}
+    return accuracies, checks, " ".join(common.attack_warnings(accuracies, checks))
+
+
+def test_a_plain_model_gives_no_warning(matched):
+    model, images, labels = matched
+    accuracies, checks, warnings = checks_of(model, model, images, labels)
+    assert accuracies["clean"] == checks["noise"] == 1 and accuracies["fgm"] == 0
+    assert warnings == ""
+
+
+def test_masked_gradients_give_warnings(matched):
+    model, images, labels = matched
+    masked = nn.Sequential(Quantise(), model).eval()
+    accuracies, _, warnings = checks_of(masked, masked, images, labels)
+    assert accuracies["pgd"] == accuracies["clean"] > 0.5
+    assert "Random noise" in warnings and "eps = 1" in warnings
+
+
+def test_an_attack_that_is_stronger_in_float32_gives_a_warning(matched):
+    model, images, labels = matched
+    masked = nn.Sequential(Quantise(), model).eval()
+    _, checks, warnings = checks_of(masked, model, images, labels)
+    assert checks["fgm"] > checks["fgm_float32"] + 0.5
+    assert "--precision float32" in warnings
+
+
+CHECKS = {"noise": 0.9, "pgd_eps_1": 0.0, "fgm": 0.3, "pgd": 0.1}
+CHECKS |= {"fgm_float32": 0.3, "pgd_float32": 0.1}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, ""),
+        ({"pgd": 0.31}, "PGD (31.00 %) is no stronger than FGM"),
+        ({"pgd": 0.29}, ""),
+        ({"fgm": 0.8, "pgd": 0.0}, "far weaker than PGD"),
+        ({"fgm": 0.8, "pgd": 0.75}, ""),
+    ],
+)
+def test_fgm_and_pgd_are_warned_of_where_they_do_not_fit_together(changes, said):
+    warnings = common.attack_warnings({"clean": 0.9, "fgm": 0.3, "pgd": 0.1, **changes}, CHECKS)
+    assert len(warnings) == bool(said) and said in "".join(warnings)
+
+
+# ---- The attack in question 4's training --------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [1, 4])
+def test_n_fgsm_goes_up_the_loss_from_noise_of_so_many_eps(network, images, labels, noise):
+    generator = torch.Generator().manual_seed(0)
+    attacked = q4_adv_train.n_fgsm(network, images, labels, EPS, noise, generator)
     change = (attacked - images) / EPS
     assert attacked.min() >= 0 and attacked.max() <= 1
     assert noise + 0.9 < change.max() <= noise + 1 + 1e-4  # noise on both sides
     assert noise + 0.9 < -change.min() <= noise + 1 + 1e-4
     noisy = (images + noise * EPS * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
-    assert (
-        F.cross_entropy(network(attacked), labels) > F.cross_entropy(network(noisy), labels) + 0.01
-    )
+    attacked, noisy = (F.cross_entropy(network(each), labels) for each in (attacked, noisy))
+    assert attacked > noisy + 0.01
     assert all(weight.grad is None for weight in network.parameters())
 
 
 def test_n_fgsm_is_one_fgm_step_from_noise_without_projection(network, images, labels):
-    start = torch.empty(images.shape).uniform_(
-        -2 * EPS, 2 * EPS, generator=torch.Generator().manual_seed(0)
-    )
-    noisy = (images + start).clamp(0, 1)
-    expected = common.fgm(network, noisy, labels, EPS)
-    found = q4_adv_train.n_fgsm(network, images, labels, EPS, 2, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.empty(images.shape).uniform_(-2 * EPS, 2 * EPS, generator=generator)
+    expected = common.fgm(network, (images + start).clamp(0, 1), labels, EPS)
+    found = q4_adv_train.n_fgsm(network, images, labels, EPS, 2, generator.manual_seed(0))
     assert torch.allclose(found, expected, atol=1e-7)
 
 
+@pytest.fixture
+def trained_on(monkeypatch, network):
+    """What a step of question 4 trains on: a function of step, images and changes of a recipe."""
+
+    def run(step, images, **changes):
+        seen, labels = [], torch.zeros(len(images), dtype=torch.long)
+        generator, recipe = torch.Generator().manual_seed(0), helpers.tiny_recipe(**changes)
+
+        def noted(model, images, *others):
+            seen.append(images)
+
+        monkeypatch.setattr(common, "loss_and_correct", noted)
+        step(network, images, labels, generator, recipe)
+        return seen[0]
+
+    return run
+
+
+def test_question_4_trains_on_perturbed_images(trained_on):
+    """Black images with ten pixels at full; without the perturbation there would be none."""
+    found = trained_on(q4_adv_train.step_on_perturbed, torch.zeros(50, 3, 32, 32).byte())
+    assert (found.sum((1, 2, 3)) == common.NUM_PIXELS).all()
+
+
 @pytest.mark.parametrize("noise, eps", [(2.0, EPS), (3.5, 4 / 255)])
-def test_training_attacks_with_the_noise_and_epsilon_of_its_recipe(monkeypatch, noise, eps):
-    def noted(model, images, labels, eps, noise, generator):
-        seen.append((eps, noise))
-        return images
-
-    seen = []
-    monkeypatch.setattr(q4_adv_train, "n_fgsm", noted)
-    images, labels = helpers.tiny_data()["val"]
-    model = common.resnet18(10, "imagenet")
-    for step in (q4_adv_train.step_on_perturbed, q4_adv_train.step_on_attacked):
-        step(
-            model,
-            images,
-            labels,
-            torch.Generator().manual_seed(0),
-            helpers.tiny_recipe(noise=noise, eps=eps),
-        )
-    assert seen == [(eps, noise)]
-
-
-@pytest.mark.parametrize("step", [q4_adv_train.step_on_perturbed, q4_adv_train.step_on_attacked])
-def test_question_4_trains_on_perturbed_images(monkeypatch, step):
-    """With ten pixels at full it sees them; without the perturbation it would not."""
-    seen = []
-    monkeypatch.setattr(
-        common, "loss_and_correct", lambda model, images, labels, recipe: seen.append(images)
-    )
-    monkeypatch.setattr(q4_adv_train, "n_fgsm", lambda model, images, *others: images)
-    step(
-        None,
-        torch.zeros(50, 3, 32, 32, dtype=torch.uint8),
-        torch.zeros(50, dtype=torch.long),
-        torch.Generator().manual_seed(0),
-        helpers.tiny_recipe(),
-    )
-    assert (seen[0].sum((1, 2, 3)) == common.NUM_PIXELS).all()
-
-
-# ---- At the edges ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_an_epsilon_of_0_changes_nothing_even_where_the_gradient_is_0(images, labels, norm):
-    def constant(images):
-        return (0 * images).flatten(1)[:, :10]
-
-    for model in (constant, lambda images: images.flatten(1)[:, :10]):
-        assert torch.equal(common.fgm(model, images, labels, 0.0, norm), images)
-        assert torch.equal(common.pgd(model, images, labels, 0.0, 0.1, 3, norm), images)
-    assert torch.equal(common.fgm(constant, images, labels, 0.5, norm), images)
-
-
-@pytest.mark.parametrize("number", [0, 1, 599, 601])
-def test_labels_of_another_length_than_the_images_are_refused(linear, images, number):
-    labels = torch.zeros(number, dtype=torch.long)
-    for call in (
-        lambda: common.fgm(linear, images, labels, EPS),
-        lambda: common.pgd(linear, images, labels, EPS, EPS, 2),
-        lambda: common.fgm_accuracies(linear, images, labels, [("linf", EPS)]),
-    ):
-        with pytest.raises(ValueError, match="600 images"):
-            call()
-
-
-def test_images_that_require_gradients_and_a_callers_no_grad_change_nothing(
-    network, images, labels
+def test_question_4_attacks_perturbed_images_with_the_noise_and_epsilon_of_its_recipe(
+    trained_on, noise, eps
 ):
-    expected = common.pgd(network, images, labels, EPS, 2 / 255, 3)
-    given = images.clone().requires_grad_()
-    found = common.pgd(network, given, labels, EPS, 2 / 255, 3)
-    assert torch.equal(found, expected) and not found.requires_grad and given.grad is None
-    with torch.no_grad():
-        assert torch.equal(common.pgd(network, images, labels, EPS, 2 / 255, 3), expected)
-
-
-def test_an_attack_that_decides_stops_at_the_first_step_that_fools(network, images, labels):
-    """What is counted are the images that pgd makes, step by step."""
-    labels = network(images).argmax(1).where(torch.arange(600) % 5 > 0, labels)
-    found, fooled_after = common.attack(
-        network, images, labels, EPS, 0.3 / 255, 4, decide=common.most_likely
-    )
-    alive = torch.ones(600, dtype=torch.bool)
-    for steps in range(5):
-        made = common.pgd(network, images, labels, EPS, 0.3 / 255, steps) if steps else images
-        fooled = alive & (network(made).argmax(1) != labels)
-        assert torch.equal(fooled, fooled_after == steps)
-        assert torch.equal(found[fooled], made[fooled])
-        alive &= ~fooled
-    assert torch.equal(alive, fooled_after == 5) and alive.any()
+    images = helpers.tiny_data()["val"][0]
+    perturbed = trained_on(q4_adv_train.step_on_perturbed, images)
+    attacked = trained_on(q4_adv_train.step_on_attacked, images, noise=noise, eps=eps)
+    change = (attacked - perturbed) / eps
+    assert noise + 0.9 < change.max() <= noise + 1 + 1e-4

@@ -65,29 +65,25 @@ def network(device="cpu", precision="float32"):
     return model
 
 
-# ---- Copies and waits --------------------------------------------------------------------------
+# ---- Copies and waits ---------------------------------------------------------------------------
 
 FAR_NETWORK = network("meta")
+FAR_LABELS = torch.empty(20, dtype=torch.long, device="meta")
 PREPARATIONS = {
     "crop and flip": common.crop_and_flip,
-    "trivial augment": lambda images, generator: q2_train_ce.trivial_augment(
-        images.to(torch.uint8), generator
-    ),
     "cutout": lambda images, generator: q2_train_ce.cut_out(images, 12, generator),
     "perturb": common.perturb,
     "noise": lambda images, generator: common.random_noise(images, 0.1, generator),
     "attack": lambda images, generator: q4_adv_train.n_fgsm(
-        FAR_NETWORK, images, torch.empty(20, dtype=torch.long, device="meta"), 0.1, 2, generator
+        FAR_NETWORK, images, FAR_LABELS, 0.1, 2, generator
     ),
 }
 
 
 @pytest.mark.parametrize("name", PREPARATIONS)
 def test_training_images_are_made_on_their_device_without_waiting_for_it(monkeypatch, name):
-    # The meta device's numbers cannot be read back at all.
-    monkeypatch.setattr(
-        common, "send", lambda tensor, device: torch.empty_like(tensor, device=device)
-    )
+    """The meta device's numbers cannot be read back at all."""
+    monkeypatch.setattr(common, "send", lambda *given: torch.empty_like(given[0], device=given[1]))
     images = torch.empty(20, 3, 32, 32, device="meta")
     with NoTensorsFromNumbers(), OneDevicePerOperation():
         made = PREPARATIONS[name](images, torch.Generator().manual_seed(0))
@@ -100,55 +96,70 @@ def test_training_images_are_made_on_their_device_without_waiting_for_it(monkeyp
         lambda images: images + torch.ones(3, 1, 1),
         lambda images: images + torch.ones(3, 1, 1).to("meta"),
         lambda images: images + torch.tensor([1.0, 2.0, 3.0], device="meta").view(3, 1, 1),
+        lambda images: common.predict(FAR_NETWORK, images),  # looks at the values of images
     ],
-    ids=["CPU tensor", "copy", "numbers"],
+    ids=["CPU tensor", "copy", "numbers", "values"],
 )
 def test_what_would_make_a_gpu_wait_is_noticed(wrong):
-    with (
-        pytest.raises((AssertionError, RuntimeError)),
-        NoTensorsFromNumbers(),
-        OneDevicePerOperation(),
-    ):
-        wrong(torch.empty(20, 3, 32, 32, device="meta"))
+    images = torch.empty(20, 3, 32, 32, device="meta")
+    refused = pytest.raises((AssertionError, RuntimeError))
+    with refused, NoTensorsFromNumbers(), OneDevicePerOperation():
+        wrong(images)
 
 
-# ---- float64 -----------------------------------------------------------------------------------
+# ---- float64 ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The data of a training that has one step, and whose state is not written."""
+    monkeypatch.setattr(common, "write_torch", lambda *arguments: None)
+    return {
+        name: (images[:20], labels[:20]) for name, (images, labels) in helpers.tiny_data().items()
+    }
 
 
 @pytest.fixture(scope="module")
 def parts():
     """Images, their perturbed versions and labels of a tiny test part."""
-    images, labels = helpers.tiny_data()["test"]
+    images, labels = (part[:10] for part in helpers.tiny_data()["test"])
     return common.as_float(images), common.perturbed_images(images, "test", 0), labels
 
 
-def test_training_needs_no_float64(tmp_path):
-    data, recipe = helpers.tiny_data(), helpers.tiny_recipe(epochs=1)
-    with NoFloat64():
-        for step in (q4_adv_train.step_on_perturbed, q4_adv_train.step_on_attacked):
-            model = common.resnet18(10, "imagenet")
-            q4_adv_train.train_variant(model, step, data, recipe, tmp_path / "state.pt", fresh=True)
-        model = common.resnet18(q6_angular.EMBEDDING, "imagenet")
-        step = q6_angular.training_step
-        q6_angular.train_embedding(model, step, data, recipe, tmp_path / "state.pt", fresh=True)
+TRAININGS = {
+    "q2": lambda *given: q2_train_ce.train_classifier(*given, True),
+    "q4": lambda *given: q4_adv_train.train_variant(
+        network(), q4_adv_train.step_on_attacked, *given, True
+    ),
+    "q6": lambda *given: q6_angular.train_embedding(
+        network(), q6_angular.training_step, *given, True
+    ),
+}
 
 
-def test_question_2_needs_no_float64(tmp_path):
-    recipe = helpers.tiny_recipe(epochs=1)
+@pytest.mark.parametrize("question", TRAININGS)
+def test_training_needs_no_float64(few, tmp_path, question):
+    recipe = helpers.tiny_recipe(epochs=1, batch_size=20)
     with NoFloat64():
-        q2_train_ce.train_classifier(helpers.tiny_data(), recipe, tmp_path / "state.pt", fresh=True)
+        TRAININGS[question](few, recipe, {"code_sha256": ""}, tmp_path / "model.pt")
+
+
+def test_trivial_augment_needs_no_float64():
+    images = helpers.tiny_data()["train"][0].repeat(
+        4, 1, 1, 1
+    )  # so many that all changes are drawn
+    with NoFloat64():
+        q2_train_ce.trivial_augment(images, torch.Generator().manual_seed(0))
 
 
 def test_evaluation_and_attacks_need_no_float64(parts):
     images, perturbed, labels = parts
+    model = common.Network(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 512)), 10)
+    train = F.normalize(torch.randn(60, 10)), torch.arange(60) % 10
+    losses, decide = q6_angular.attacked_losses(*train), q6_angular.knn_decision(*train)
     with NoFloat64():
-        model = common.frozen(network("cpu"))
-        common.robustness(model, model, images, perturbed, labels, 0)
-        common.backbone_features(model, images)
-        train = F.normalize(torch.randn(60, 10))
-        losses = [q6_angular.soft_knn_loss(train, torch.arange(60) % 10)]
-        decide = q6_angular.knn_decision(train, torch.arange(60) % 10)
-        common.robustness(model, model, images, perturbed, labels, 0, losses, decide)
+        common.robustness(model, images, perturbed, labels, 0, "float32", losses, decide)
+        common.backbone_features(network().eval(), images)
 
 
 def test_retrieval_is_scored_on_the_cpu(monkeypatch):
@@ -180,22 +191,7 @@ def test_retrieval_is_scored_on_the_cpu(monkeypatch):
     assert seen == ["cpu", True]
 
 
-def test_what_apples_gpus_lack_is_left_to_the_cpu(monkeypatch):
-    """PyTorch reads the variable when it is imported."""
-    code = (
-        "import os, sys\n"
-        "class Noting:\n"
-        "    def find_spec(name, *rest):\n"
-        "        if name == 'torch': print(os.environ.get('PYTORCH_ENABLE_MPS_FALLBACK'))\n"
-        "sys.meta_path.insert(0, Noting)\n"
-        "import common"
-    )
-    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK")  # importing common has set it
-    finished = helpers.run_code(code)
-    assert finished.stdout.split() == ["1"], finished.stderr
-
-
-# ---- bfloat16 and TF32 -------------------------------------------------------------------------
+# ---- bfloat16 and TF32 --------------------------------------------------------------------------
 
 
 def test_perturb_is_the_same_inside_a_callers_autocast(parts):
@@ -205,46 +201,29 @@ def test_perturb_is_the_same_inside_a_callers_autocast(parts):
     assert torch.equal(found, common.perturb(images, torch.Generator().manual_seed(0)))
 
 
-def test_training_in_bfloat16_sees_the_images_of_float32_and_loses_in_float32(monkeypatch):
+def test_training_in_bfloat16_sees_the_images_of_float32(monkeypatch):
     """Autocast covers the network's forward pass and nothing else."""
-    seen = {}
-
-    def noted(model, images, labels, recipe):
-        logits = model(images)
-        seen[model.precision].append((images, logits.dtype, images.dtype))
-        return F.cross_entropy(logits, labels), 0
-
-    monkeypatch.setattr(common, "loss_and_correct", noted)
-    images, labels = helpers.tiny_data()["val"]
+    seen = []
+    monkeypatch.setattr(common, "loss_and_correct", lambda model, images, *_: seen.append(images))
+    images, labels = (part[:8] for part in helpers.tiny_data()["val"])
     for precision in ("float32", "bfloat16"):
-        seen[precision] = []
-        model = network("cpu", precision)
-        generator = torch.Generator().manual_seed(0)
+        model, generator = network(precision=precision), torch.Generator().manual_seed(0)
         q4_adv_train.step_on_perturbed(model, images, labels, generator, helpers.tiny_recipe())
-    (exact, *_), (rounded, *dtypes) = seen["float32"][0], seen["bfloat16"][0]
-    assert torch.equal(exact, rounded) and dtypes == [torch.float32, torch.float32]
+    assert torch.equal(*seen) and seen[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
-    "script, step, outputs",
-    [
-        (q2_train_ce, "training_step", 10),
-        (q4_adv_train, "step_on_attacked", 10),
-        (q6_angular, "training_step", 128),
-    ],
+    "step",
+    [q2_train_ce.training_step, q4_adv_train.step_on_attacked, q6_angular.training_step],
 )
-def test_a_step_in_bfloat16_has_float32_outputs_loss_and_gradients(script, step, outputs):
-    images, labels = helpers.tiny_data()["val"]
-    torch.manual_seed(0)
-    model = common.resnet18(outputs, "imagenet")
-    model.precision = "bfloat16"
+def test_a_step_in_bfloat16_has_float32_outputs_loss_and_gradients(step):
+    images, labels = helpers.tiny_data()["val"][0][:8], torch.arange(8) % 2
+    model, generator = network(precision="bfloat16"), torch.Generator().manual_seed(0)
     inside, given = [], []
     model.backbone.layer1.register_forward_hook(lambda *call: inside.append(call[2].dtype))
     model.register_forward_hook(lambda *call: given.append(call[2].dtype))
     with NoAutocastOutside():
-        loss, _ = getattr(script, step)(
-            model, images, labels, torch.Generator().manual_seed(0), helpers.tiny_recipe()
-        )
+        loss, _ = step(model, images, labels, generator, helpers.tiny_recipe())
     loss.backward()
     assert set(inside) == {torch.bfloat16} and set(given) == {torch.float32}
     assert loss.dtype == torch.float32
@@ -274,7 +253,7 @@ def test_float32_is_not_tf32_once_the_flags_are_read(monkeypatch, tmp_path):
         torch.backends.fp32_precision = before
 
 
-# ---- On a GPU ----------------------------------------------------------------------------------
+# ---- On a GPU -----------------------------------------------------------------------------------
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
@@ -300,14 +279,12 @@ def no_tf32():
 @on_gpu
 @pytest.mark.parametrize("name", [name for name in PREPARATIONS if name != "attack"])
 def test_a_gpu_makes_the_training_images_of_the_cpu_without_being_waited_for(name):
-    images = helpers.tiny_data()["train"][0]
-    images = images if name == "trivial augment" else common.as_float(images)
+    images = common.as_float(helpers.tiny_data()["train"][0])
     expected = PREPARATIONS[name](images, torch.Generator().manual_seed(0))
     there = images.cuda()
     with no_waiting():
         found = PREPARATIONS[name](there, torch.Generator().manual_seed(0))
-    most = 1 if name == "trivial augment" else 1e-5
-    near = (found.cpu().double() - expected.double()).abs() <= most
+    near = (found.cpu() - expected).abs() <= 1e-5
     assert near.double().mean() > 0.99  # rounding may choose another pixel as the nearest
 
 
@@ -319,7 +296,7 @@ def test_a_gpu_makes_the_training_images_of_the_cpu_without_being_waited_for(nam
 def test_a_gpu_is_not_waited_for_in_training(step):
     precision = common.best_precision("cuda")
     model = network("cuda", precision).train()
-    recipe = helpers.tiny_recipe(device="cuda", precision=precision)
+    recipe = helpers.tiny_recipe(device="cuda", precision=precision, trivial_augment=False)
     optimizer = common.optimizer_for(model, recipe)
     images, labels = (part.cuda() for part in helpers.tiny_data()["train"])
     generator = torch.Generator().manual_seed(0)
@@ -341,10 +318,9 @@ def test_a_gpu_is_not_waited_for_in_training(step):
 @on_gpu
 def test_a_gpu_attacks_as_the_cpu_does(parts, no_tf32):
     images, _, labels = parts
-    model, there = (common.frozen(network(device)) for device in ("cpu", "cuda"))
-    expected = common.fgm(model, images, labels, 8 / 255)
-    found = common.fgm(there, images.cuda(), labels.cuda(), 8 / 255).cpu()
+    here = common.frozen(network()), images, labels
+    there = common.frozen(network("cuda")), images.cuda(), labels.cuda()
+    expected, found = (common.fgm(*given, 8 / 255).cpu() for given in (here, there))
     assert ((found - expected).abs() < 1e-5).double().mean() > 0.99  # where a gradient is almost 0
-    expected = common.pgd_accuracy_by_step(model, images, labels, 8 / 255, 2 / 255, 5)
-    found = common.pgd_accuracy_by_step(there, images.cuda(), labels.cuda(), 8 / 255, 2 / 255, 5)
-    assert found == pytest.approx(expected, abs=2 / len(labels))
+    expected, found = (common.pgd(*given, 8 / 255, 2 / 255, 5)[1].cpu() for given in (here, there))
+    assert (found != expected).sum() <= 1

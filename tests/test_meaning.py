@@ -1,7 +1,8 @@
 """What is trained on, scored on and attacked is what the assignment and the record say."""
 
+import inspect
 import re
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -21,42 +22,36 @@ class Noted(Exception):
     """Ends a function once what it does has been seen."""
 
 
-def noting(seen):
-    """A function that keeps its arguments and ends the caller."""
+@pytest.fixture
+def arguments_of(monkeypatch):
+    """A function that calls `call` until it calls module.name: with which arguments, by name."""
 
-    def note(*arguments, **options):
-        seen.append(arguments)
-        raise Noted
+    def noted(module, name, call):
+        signature, seen = inspect.signature(getattr(module, name)), {}
 
-    return note
+        def note(*arguments, **options):
+            bound = signature.bind(*arguments, **options)
+            bound.apply_defaults()
+            seen.update(bound.arguments)
+            raise Noted
+
+        with monkeypatch.context() as patch, pytest.raises(Noted):
+            patch.setattr(module, name, note)
+            call()
+        return seen
+
+    return noted
 
 
-# ---- Constants ---------------------------------------------------------------------------------
-
-
-def test_the_constants_are_those_of_assignment_and_literature():
-    assert common.EPSILON == {"linf": 8 / 255, "l2": 0.5}
-    assert (common.PGD_STEPS, common.PGD_STEP_SIZE) == (20, 2 / 255)
-    assert common.JITTER == {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-    assert (common.MAX_ROTATION, common.NUM_PIXELS) == (5, 10)
-    assert common.OPTIMIZER == {
-        "optimizer": "sgd",
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "warmup": 0.2,
-    }
-    assert (q2_train_ce.LABEL_SMOOTHING, q2_train_ce.CUTOUT, q4_adv_train.LABEL_SMOOTHING) == (
-        0.1,
-        12,
-        0.1,
-    )
-    assert (q6_angular.ALPHA, q6_angular.EMBEDDING, q6_angular.NEIGHBOURS) == (40, 128, 100)
-    assert q1_split.PER_CLASS == {"train": 1200, "val": 2400, "test": 2400}
-    assert q1_split.NEAR_DUPLICATE == 0.95
+@pytest.fixture
+def network():
+    """The smallest Network."""
+    torch.manual_seed(0)
+    return common.Network(nn.Sequential(nn.Flatten(), nn.Linear(3072, 512)), 10)
 
 
 def test_the_recipes_are_those_of_the_record():
-    record = (helpers.ROOT / "docs" / "recipes.md").read_text()
+    record = (helpers.ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in record.split("\n")]
     rows = {cells[0]: cells[1:4] for cells in rows if len(cells) == 5}
     two, four, six = q2_train_ce.RECIPES, q4_adv_train.RECIPES, q6_angular.RECIPES
@@ -73,9 +68,6 @@ def test_the_recipes_are_those_of_the_record():
         assert found["question 6: epochs, rate"] == f"{six[stem]['epochs']}, {six[stem]['lr']:g}"
 
 
-# ---- Question 1 --------------------------------------------------------------------------------
-
-
 def test_near_duplicates_are_those_that_differ_in_brightness_and_contrast_alone():
     rng = torch.Generator().manual_seed(0)
     train = torch.randint(60, 200, (5, 3, 32, 32), generator=rng).byte()
@@ -87,128 +79,117 @@ def test_near_duplicates_are_those_that_differ_in_brightness_and_contrast_alone(
     assert q1_split.count_duplicates(train, torch.stack([dimmed, resembling])) == (0, 1)
 
 
-# ---- What is trained on ------------------------------------------------------------------------
+# ---- What is trained on -------------------------------------------------------------------------
 
 
-def test_question_2_trains_on_shifted_mirrored_and_cut_images():
+def question_2_sees(monkeypatch, images, trivial_augment):
+    """What the network gets in a step on these images."""
+    seen = []
+    monkeypatch.setattr(common, "loss_and_correct", lambda model, images, *_: seen.append(images))
+    recipe = helpers.tiny_recipe(trivial_augment=trivial_augment)
+    q2_train_ce.training_step(None, images, None, torch.Generator().manual_seed(0), recipe)
+    return seen[0]
+
+
+def test_question_2_trains_on_shifted_mirrored_and_cut_images(monkeypatch):
     image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = (255 * image).byte().expand(64, -1, -1, -1)
-    seen = []
-
-    def model(batch):
-        seen.append(batch)
-        return torch.zeros(len(batch), 10, requires_grad=True)
-
-    recipe = helpers.tiny_recipe(trivial_augment=False)
-    labels = torch.zeros(64, dtype=torch.long)
-    q2_train_ce.training_step(model, images, labels, torch.Generator().manual_seed(0), recipe)
+    seen = question_2_sees(monkeypatch, images, trivial_augment=False)
     mean = torch.tensor(common.CIFAR10_MEAN).view(1, 3, 1, 1)
-    cut = (seen[0] == mean).all(1).sum((1, 2))
+    cut = (seen == mean).all(1).sum((1, 2))
     assert cut.min() >= 36 and cut.max() <= 144 and cut.max() >= 100
-    uncut = seen[0].where(seen[0] != mean, common.as_float(images))
+    uncut = seen.where(seen != mean, common.as_float(images))
     assert len(uncut.flatten(1).unique(dim=0)) > 40
 
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_question_2_uses_trivial_augment_where_its_recipe_says_so(monkeypatch, chosen):
-    seen = []
-    monkeypatch.setattr(
-        q2_train_ce, "trivial_augment", lambda images, generator: seen.append(1) or images
-    )
-    images, labels = helpers.tiny_data()["val"]
-    model = common.resnet18(10, "imagenet")
-    recipe = helpers.tiny_recipe(trivial_augment=chosen)
-    q2_train_ce.training_step(model, images, labels, torch.Generator().manual_seed(0), recipe)
-    assert bool(seen) == chosen
+    calls = []
+    monkeypatch.setattr(q2_train_ce, "trivial_augment", lambda images, _: calls.append(1) or images)
+    question_2_sees(monkeypatch, helpers.tiny_data()["val"][0], chosen)
+    assert bool(calls) == chosen
 
 
 def test_the_angular_loss_is_of_normalised_embeddings():
     images, labels = helpers.tiny_data()["val"]
-    torch.manual_seed(0)
-    output = torch.randn(len(images), 128)
-    losses = [
-        q6_angular.training_step(
+    output = torch.randn(len(images), 128, generator=torch.Generator().manual_seed(0))
+    expected = q6_angular.angular_loss(F.normalize(output), labels, q6_angular.ALPHA)
+    for scale in (1, 50):
+        loss, _ = q6_angular.training_step(
             lambda batch, scale=scale: scale * output,
             images,
             labels,
             torch.Generator().manual_seed(0),
             helpers.tiny_recipe(),
-        )[0]
-        for scale in (1, 50)
-    ]
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
-    expected = q6_angular.angular_loss(F.normalize(output), labels, q6_angular.ALPHA)
-    assert losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
+        )
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-# ---- What is scored on -------------------------------------------------------------------------
+# ---- What is scored on --------------------------------------------------------------------------
 
 
-def evaluated(monkeypatch, train):
-    """What `train` hands to common.train for scoring after an epoch."""
-    seen = []
-    monkeypatch.setattr(common, "train", noting(seen))
-    with pytest.raises(Noted):
-        train()
-    return seen[0][4]
-
-
-def test_question_2_is_scored_on_clean_validation_images(monkeypatch):
+def test_question_2_is_scored_on_clean_validation_images(arguments_of, network):
     data, recipe = helpers.tiny_data(), helpers.tiny_recipe()
-    evaluate = evaluated(
-        monkeypatch, lambda: q2_train_ce.train_classifier(data, recipe, None, False)
-    )
-    seen = []
-    monkeypatch.setattr(common, "validation_scores", noting(seen))
-    with pytest.raises(Noted):
-        evaluate(common.resnet18(10, "imagenet"))
-    assert torch.equal(seen[0][1], common.as_float(data["val"][0]))
-    assert torch.equal(seen[0][2], data["val"][1])
+    train = partial(q2_train_ce.train_classifier, data, recipe, {}, None, False)
+    evaluate = arguments_of(common, "train", train)["evaluate"]
+    seen = arguments_of(common, "validation_scores", partial(evaluate, network))
+    assert torch.equal(seen["images"], common.as_float(data["val"][0]))
+    assert torch.equal(seen["labels"], data["val"][1])
 
 
-def test_question_4_is_scored_on_perturbed_validation_images_and_under_pgd(monkeypatch):
+def test_question_4_is_scored_on_perturbed_validation_images_and_under_pgd(
+    arguments_of, monkeypatch, network
+):
     data, recipe = helpers.tiny_data(), helpers.tiny_recipe()
-    evaluate = evaluated(
-        monkeypatch, lambda: q4_adv_train.train_variant(None, None, data, recipe, None, False)
-    )
-    seen = []
-    monkeypatch.setattr(common, "pgd_accuracy_by_step", noting(seen))
-    with pytest.raises(Noted):
-        evaluate(common.resnet18(10, "imagenet"))
-    _, images, labels, eps, step_size, steps = seen[0]
+    train = partial(q4_adv_train.train_variant, None, None, data, recipe, {}, None, False)
+    given = arguments_of(common, "train", train)
+    evaluate = partial(given["evaluate"], network)
     perturbed = common.perturbed_images(data["val"][0], "val", 0)
-    assert torch.equal(images, perturbed) and torch.equal(labels, data["val"][1])
-    assert not torch.equal(images, common.as_float(data["val"][0]))
-    assert (eps, step_size, steps) == (8 / 255, 2 / 255, 20)
+    assert not torch.equal(perturbed, common.as_float(data["val"][0]))
+    scored = arguments_of(common, "validation_scores", evaluate)
+    monkeypatch.setattr(common, "validation_scores", lambda *arguments: {})
+    attacked = arguments_of(common, "pgd", evaluate)
+    for seen in (scored, attacked):
+        assert torch.equal(seen["images"], perturbed)
+        assert torch.equal(seen["labels"], data["val"][1])
+    settings = [attacked[name] for name in ("eps", "step_size", "steps", "norm", "start")]
+    assert settings == [8 / 255, 2 / 255, 20, "linf", None]
+    monkeypatch.setattr(common, "pgd", lambda *arguments: (None, torch.tensor([20, 21, 21, 0])))
+    assert evaluate() == {given["guard"]: 0.5}
 
 
-def test_question_6_is_scored_on_validation_images(monkeypatch):
+def test_question_6_is_scored_on_validation_images(arguments_of, monkeypatch, network):
     data, recipe = helpers.tiny_data(), helpers.tiny_recipe()
-    evaluate = evaluated(
-        monkeypatch, lambda: q6_angular.train_embedding(None, None, data, recipe, None, False)
-    )
-    seen = []
-    original = q6_angular.embed
-    monkeypatch.setattr(
-        q6_angular, "embed", lambda model, images: seen.append(images) or original(model, images)
-    )
-    evaluate(common.resnet18(128, "imagenet"))
-    assert torch.equal(seen[0], common.as_float(data["train"][0]))
-    assert torch.equal(seen[1], common.as_float(data["val"][0]))
+    train = partial(q6_angular.train_embedding, None, None, data, recipe, {}, None, False)
+    evaluate = arguments_of(common, "train", train)["evaluate"]
+    monkeypatch.setattr(q6_angular, "embed", lambda model, images: images.flatten(1))
+    seen = arguments_of(q6_angular, "vote", partial(evaluate, network))
+    assert torch.equal(seen["train"], common.as_float(data["train"][0]).flatten(1))
+    assert torch.equal(seen["train_labels"], data["train"][1])
+    assert torch.equal(seen["embeddings"], common.as_float(data["val"][0]).flatten(1))
 
 
-def test_all_questions_measure_on_the_test_part_and_on_its_perturbed_version(monkeypatch):
-    seen = []
-    monkeypatch.setattr(common, "robustness", noting(seen))
-    test = helpers.tiny_data()["test"]
-    args = SimpleNamespace(seed=5, precision="bfloat16")
-    with pytest.raises(Noted):
-        common.measured_on_test(common.resnet18(10, "imagenet"), test, args)
-    model, exact, images, perturbed, labels, seed, losses, _ = seen[0]
-    assert losses == (common.summed_cross_entropy, common.summed_margin)
-    assert (model.precision, exact.precision, seed) == ("bfloat16", "float32", 5)
-    assert torch.equal(images, common.as_float(test[0])) and torch.equal(labels, test[1])
-    assert torch.equal(perturbed, common.perturbed_images(test[0], "test", 5))
+@pytest.mark.parametrize("script", [q3_attack, q4_adv_train, q6_angular])
+def test_a_question_measures_on_the_test_part_and_on_its_perturbed_version(
+    arguments_of, monkeypatch, tmp_path, network, script
+):
+    data, words = helpers.tiny_data(), ["--seed", "5", "--device", "cpu", "--results", tmp_path]
+    model = {"model": network, "stem": "imagenet", "sha256": ""}
+    monkeypatch.setattr("sys.argv", ["script.py", "--precision", "bfloat16", *map(str, words)])
+    monkeypatch.setattr(common, "load_data", lambda args: ({"sha256": ""}, data))
+    monkeypatch.setattr(common, "require_model", lambda args, split: model)
+    monkeypatch.setattr(common, "train", lambda *arguments: {"history": []})
+    monkeypatch.setattr(common, "save_trained", lambda *arguments: {})
+    monkeypatch.setattr(script, "draw_curves", lambda *arguments: None)
+    monkeypatch.setattr(q6_angular, "first_model", lambda *arguments: (network, model, None))
+    monkeypatch.setattr(q6_angular, "measured_votes", lambda *arguments: {})
+    seen = arguments_of(common, "robustness", script.main)
+    assert torch.equal(seen["images"], common.as_float(data["test"][0]))
+    assert torch.equal(seen["perturbed"], common.perturbed_images(data["test"][0], "test", 5))
+    assert torch.equal(seen["labels"], data["test"][1])
+    assert (seen["seed"], seen["precision"]) == (5, "bfloat16")
+    ours = seen["losses"] == (common.summed_cross_entropy, common.summed_margin)
+    assert ours == (seen["decide"] is common.most_likely) == (script is not q6_angular)
 
 
 PARTS = {"colour jitter": "color_jitter", "rotation": "rotate", "pixels": "set_to_full"}
@@ -231,54 +212,33 @@ def test_a_part_of_the_perturbation_alone_has_the_values_that_the_mixture_has(mo
 def test_perturbed_images_are_the_same_whatever_batch_a_device_is_given(monkeypatch):
     images = torch.randint(256, (600, 3, 8, 8), dtype=torch.uint8)
     expected = common.perturbed_images(images, "test", 0)
-    assert common.batch_for(images) < common.batch_for(images.to("meta"))
-    monkeypatch.setattr(common, "batch_for", lambda tensor: 17)
+    assert common.batch_size_for(images) < common.batch_size_for(images.to("meta"))
+    monkeypatch.setattr(common, "batch_size_for", lambda tensor: 17)
     assert torch.equal(common.perturbed_images(images, "test", 0), expected)
 
 
-# ---- What is warned of -------------------------------------------------------------------------
+def test_the_checks_are_under_noise_of_fgms_size_and_under_pgd_without_bounds(monkeypatch):
+    images, labels = torch.full((4, 10, 1, 1), 0.5), torch.zeros(4, dtype=torch.long)
+    right = dict.fromkeys(("fgm", "pgd"), torch.tensor([True, False, False, False]))
+    moved, sizes = [], []
 
+    def model(images):
+        moved.append((images - 0.5).abs())
+        return torch.eye(10)[:4]
 
-@pytest.fixture
-def checked(monkeypatch):
-    """attack_checks of a constant model for given accuracies; and what it was measured under."""
-    noted = {}
+    def fooled_after(eps, step_size, count):
+        sizes.append(eps)
+        return torch.tensor([20, 21, 21, 0])
 
-    def noise(images, eps, generator):
-        noted["noise"] = eps
-        return images
-
-    def pgd(model, images, labels, eps, *others):
-        noted["unbounded"] = eps
-        return [0.0]
-
-    monkeypatch.setattr(common, "random_noise", noise)
-    monkeypatch.setattr(common, "pgd_accuracy_by_step", pgd)
-
-    def check(**values):
-        model, images = nn.Flatten(), torch.zeros(4, 10, 1, 1)
-        labels = torch.zeros(4, dtype=torch.long)
-        values = {"clean": 0.9, "fgm": 0.3, "pgd": 0.1, **values}
-        arguments = (values, 0, common.summed_cross_entropy, common.most_likely)
-        return common.attack_checks(model, model, images, labels, *arguments)[1]
-
-    return check, noted
-
-
-def test_noise_and_the_unbounded_attack_have_the_size_that_is_said(checked):
-    check, noted = checked
-    check()
-    assert noted == {"noise": 8 / 255, "unbounded": 1.0}
-
-
-@pytest.mark.parametrize("pgd, warned", [(0.31, True), (0.29, False)])
-def test_pgd_that_is_no_stronger_than_fgm_is_warned_of(checked, pgd, warned):
-    assert any("is no stronger than FGM" in each for each in checked[0](pgd=pgd)) == warned
+    rest = common.summed_cross_entropy, common.most_likely
+    found = common.attack_checks(model, model, images, labels, right, fooled_after, 0, *rest)
+    assert torch.allclose(moved[0], torch.tensor(8 / 255)) and sizes == [1]
+    assert (found["noise"], found["pgd_eps_1"], found["fgm_float32"]) == (0.25, 0.5, 0.25)
 
 
 def test_the_readme_names_only_commands_that_there_are():
-    readme = (helpers.ROOT / "README.md").read_text()
-    makefile = (helpers.ROOT / "Makefile").read_text()
+    readme = (helpers.ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (helpers.ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"`?make ([a-z]+)\b(?!=)", readme)):
         assert f"\n{target}:" in makefile, target
     for script in set(re.findall(r"python ([a-z0-9_/]+\.py)", readme)):

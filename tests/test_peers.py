@@ -1,5 +1,7 @@
-"""Our attacks against four libraries that others rely on; pip install -r tests/requirements-
-peers.txt brings them."""
+"""Our attacks against four libraries that others rely on.
+
+pip install -r tests/requirements-peers.txt brings them.
+"""
 
 import numpy as np
 import pytest
@@ -45,24 +47,12 @@ def by_cleverhans(model, images, labels, norm, eps, step_size, steps):
     from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
     from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
 
+    bounds = {"clip_min": 0, "clip_max": 1, "y": labels}
     norm = {"linf": np.inf, "l2": 2}[norm]
     if steps == 1:
-        return fast_gradient_method(
-            model, images, eps, norm, clip_min=0, clip_max=1, y=labels
-        ).detach()
-    return projected_gradient_descent(
-        model,
-        images,
-        eps,
-        step_size,
-        steps,
-        norm,
-        clip_min=0,
-        clip_max=1,
-        y=labels,
-        rand_init=False,
-        sanity_checks=False,
-    ).detach()
+        return fast_gradient_method(model, images, eps, norm, **bounds).detach()
+    settings, options = (eps, step_size, steps, norm), {"rand_init": False, "sanity_checks": False}
+    return projected_gradient_descent(model, images, *settings, **bounds, **options).detach()
 
 
 def by_foolbox(model, images, labels, norm, eps, step_size, steps):
@@ -89,18 +79,16 @@ def by_torchattacks(model, images, labels, norm, eps, step_size, steps):
 def test_our_attack_and_the_librarys_give_the_same_images(by_peer, threat):
     norm, eps, step_size, steps = THREATS[threat]
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 4, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)
-    ).eval()
+    layers = nn.Conv2d(3, 8, 4, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)
+    model = nn.Sequential(*layers).eval()
     images, labels = (1.2 * torch.rand(8, 3, 32, 32) - 0.1).clamp(0, 1), torch.arange(8)
     if threat == "PGD l2":
-        images = (
-            0.3 + 0.4 * images
-        )  # some project before they clip, some after: compared where nothing is clipped
+        # Some project before they clip, some after: compared where nothing is clipped.
+        images = 0.3 + 0.4 * images
     theirs = by_peer(model, images, labels, norm, eps, step_size, steps)
-    if steps == 1:
-        ours = common.fgm(model, images, labels, eps, norm)
-    else:
-        ours = common.pgd(model, images, labels, eps, step_size, steps, norm)
+    ours = common.fgm(model, images, labels, eps, norm)
+    if steps > 1:  # all of them, as theirs take: no image counts as fooled
+        settings = eps, step_size, steps, norm
+        ours, _ = common.pgd(model, images, labels, *settings, decide=lambda output: labels)
     assert (ours - images).abs().max() > 0.4 * eps / (1 if norm == "linf" else 10)
     assert (ours - theirs).abs().max() <= 1e-6
