@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -203,60 +204,40 @@ def test_random_noise_moves_every_value_by_eps_or_to_the_edge(images):
 
 # ---- What is refused ----------------------------------------------------------------------------
 
-
-def attacks(model, images, labels, eps=EPS, norm="linf"):
-    return {
-        "fgm": lambda: common.fgm(model, images, labels, eps, norm),
-        "pgd": lambda: common.pgd(model, images, labels, eps, EPS, 2, norm),
-    }
-
-
-@pytest.mark.parametrize("attack", ["fgm", "pgd"])
-@pytest.mark.parametrize("count", [0, 1, 199, 201])
-def test_labels_of_another_length_than_the_images_are_refused(linear, images, attack, count):
-    with pytest.raises(ValueError, match=f"200 images, but {count} labels"):
-        attacks(linear, images, torch.zeros(count, dtype=torch.long))[attack]()
-
-
-@pytest.mark.parametrize("attack", ["fgm", "pgd"])
-@pytest.mark.parametrize("eps, norm, said", [(8, "linf", "8 / 255"), (-EPS, "l2", "from 0")])
-def test_an_epsilon_in_another_unit_is_refused(linear, images, labels, attack, eps, norm, said):
-    with pytest.raises(ValueError, match=said):
-        attacks(linear, images, labels, eps, norm)[attack]()
-
-
-@pytest.mark.parametrize("attack", ["fgm", "pgd"])
-def test_an_unknown_norm_is_refused(linear, images, labels, attack):
-    with pytest.raises(ValueError, match="l1"):
-        attacks(linear, images, labels, norm="l1")[attack]()
-
-
-@pytest.mark.parametrize("attack", ["fgm", "pgd"])
-def test_a_model_in_training_mode_is_not_attacked(linear, images, labels, attack):
-    model = copy.deepcopy(linear).train()
-    with pytest.raises(ValueError, match=r"eval\(\)"):
-        attacks(model, images, labels)[attack]()
-
-
-UNFIT = {
-    "bytes": (lambda images: (255 * images).byte(), "as_float"),
-    "0 to 255": (lambda images: 255 * images, "outside"),
-    "below 0": (lambda images: images - 0.01, "outside"),
-    "not a number": (lambda images: images / images, "outside"),
+MISUSES = {  # changes of a sound call, and what the error says
+    "bytes": (lambda given: {"images": (255 * given["images"]).byte()}, "as_float"),
+    "0 to 255": (lambda given: {"images": 255 * given["images"]}, "outside"),
+    "below 0": (lambda given: {"images": given["images"] - 0.01}, "outside"),
+    "not a number": (lambda given: {"images": given["images"] / 0}, "outside"),
+    "no labels": (lambda given: {"labels": given["labels"][:0]}, "200 images, but 0 labels"),
+    "few labels": (lambda given: {"labels": given["labels"][:1]}, "200 images, but 1 labels"),
+    "many labels": (lambda given: {"labels": torch.zeros(201).long()}, "but 201 labels"),
+    "training": (lambda given: {"model": copy.deepcopy(given["model"]).train()}, r"eval\(\)"),
+    "eps 8": (lambda given: {"eps": 8}, "8 / 255"),
+    "eps below 0": (lambda given: {"eps": -0.1, "norm": "l2"}, "from 0"),
+    "norm": (lambda given: {"norm": "l1"}, "l1"),
 }
 
 
-@pytest.mark.parametrize("kind", UNFIT)
-def test_images_that_are_not_floats_from_0_to_1_are_refused(linear, images, labels, kind):
-    change, said = UNFIT[kind]
-    unfit = change(images)
-    functions = attacks(linear, unfit, labels)
-    functions["predict"] = lambda: common.predict(linear, unfit)
-    if kind == "bytes":  # more would make a GPU wait in training
-        functions["perturb"] = lambda: common.perturb(unfit, torch.Generator())
-    for function in functions.values():
+@pytest.mark.parametrize("kind", MISUSES)
+def test_a_misused_attack_says_what_is_wrong(linear, images, labels, kind):
+    change, said = MISUSES[kind]
+    given = {"model": linear, "images": images, "labels": labels, "eps": EPS}
+    for attack in common.fgm, partial(common.pgd, step_size=STEP_SIZE, steps=2):
+        attack(**given)
         with pytest.raises(ValueError, match=said):
-            function()
+            attack(**{**given, **change(given)})
+
+
+@pytest.mark.parametrize("factor", [255, -1])
+def test_predict_refuses_images_outside_0_to_1_and_perturb_no_more_than_bytes(linear, factor):
+    given = factor * torch.rand(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="outside"):
+        common.predict(linear, given)
+    common.perturb(given, torch.Generator())  # in training, a look at the values would cost time
+    for function in partial(common.predict, linear), partial(common.perturb, generator=None):
+        with pytest.raises(ValueError, match="as_float"):
+            function(given.byte())
 
 
 # ---- Accuracy under attack ----------------------------------------------------------------------
@@ -450,25 +431,13 @@ def test_fgm_and_pgd_are_warned_of_where_they_do_not_fit_together(changes, said)
 
 
 @pytest.mark.parametrize("noise", [1, 4])
-def test_n_fgsm_goes_up_the_loss_from_noise_of_so_many_eps(network, images, labels, noise):
-    generator = torch.Generator().manual_seed(0)
-    attacked = q4_adv_train.n_fgsm(network, images, labels, EPS, noise, generator)
-    change = (attacked - images) / EPS
-    assert attacked.min() >= 0 and attacked.max() <= 1
-    assert noise + 0.9 < change.max() <= noise + 1 + 1e-4  # noise on both sides
-    assert noise + 0.9 < -change.min() <= noise + 1 + 1e-4
-    noisy = (images + noise * EPS * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
-    attacked, noisy = (F.cross_entropy(network(each), labels) for each in (attacked, noisy))
-    assert attacked > noisy + 0.01
-    assert all(weight.grad is None for weight in network.parameters())
-
-
-def test_n_fgsm_is_one_fgm_step_from_noise_without_projection(network, images, labels):
-    generator = torch.Generator().manual_seed(0)
-    start = torch.empty(images.shape).uniform_(-2 * EPS, 2 * EPS, generator=generator)
+def test_n_fgsm_is_one_fgm_step_from_noise_without_projection(network, images, labels, noise):
+    generator, size = torch.Generator().manual_seed(0), noise * EPS
+    start = torch.empty(images.shape).uniform_(-size, size, generator=generator)
     expected = common.fgm(network, (images + start).clamp(0, 1), labels, EPS)
-    found = q4_adv_train.n_fgsm(network, images, labels, EPS, 2, generator.manual_seed(0))
+    found = q4_adv_train.n_fgsm(network, images, labels, EPS, noise, generator.manual_seed(0))
     assert torch.allclose(found, expected, atol=1e-7)
+    assert all(weight.grad is None for weight in network.parameters())
 
 
 @pytest.fixture

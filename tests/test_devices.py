@@ -90,23 +90,6 @@ def test_training_images_are_made_on_their_device_without_waiting_for_it(monkeyp
     assert made.device == images.device and made.shape == images.shape
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda images: images + torch.ones(3, 1, 1),
-        lambda images: images + torch.ones(3, 1, 1).to("meta"),
-        lambda images: images + torch.tensor([1.0, 2.0, 3.0], device="meta").view(3, 1, 1),
-        lambda images: common.predict(FAR_NETWORK, images),  # looks at the values of images
-    ],
-    ids=["CPU tensor", "copy", "numbers", "values"],
-)
-def test_what_would_make_a_gpu_wait_is_noticed(wrong):
-    images = torch.empty(20, 3, 32, 32, device="meta")
-    refused = pytest.raises((AssertionError, RuntimeError))
-    with refused, NoTensorsFromNumbers(), OneDevicePerOperation():
-        wrong(images)
-
-
 # ---- float64 ------------------------------------------------------------------------------------
 
 
@@ -199,17 +182,6 @@ def test_perturb_is_the_same_inside_a_callers_autocast(parts):
     with torch.autocast("cpu", torch.bfloat16):
         found = common.perturb(images, torch.Generator().manual_seed(0))
     assert torch.equal(found, common.perturb(images, torch.Generator().manual_seed(0)))
-
-
-def test_training_in_bfloat16_sees_the_images_of_float32(monkeypatch):
-    """Autocast covers the network's forward pass and nothing else."""
-    seen = []
-    monkeypatch.setattr(common, "loss_and_correct", lambda model, images, *_: seen.append(images))
-    images, labels = (part[:8] for part in helpers.tiny_data()["val"])
-    for precision in ("float32", "bfloat16"):
-        model, generator = network(precision=precision), torch.Generator().manual_seed(0)
-        q4_adv_train.step_on_perturbed(model, images, labels, generator, helpers.tiny_recipe())
-    assert torch.equal(*seen) and seen[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
