@@ -346,6 +346,7 @@ OPTIMIZER = {
     "warmup": 0.2,  # share of the steps in which the rate rises linearly; then it falls to 0
 }
 VALIDATION_SUBSET = 2_000  # the first validation images (q1 has shuffled them), scored every epoch
+STATE_SUFFIX = ".training.pt"  # instead of .pt
 STATE_EVERY = 10  # seconds: writing the state takes a good part of a GPU's epoch
 EXPLODED = 1_000  # times its first loss: no training comes back from there
 
@@ -410,22 +411,22 @@ def train(model, data, step, batches, evaluate, recipe, origin, path, fresh=Fals
     if not fresh:
         state = _resumed(path, model, optimizer, state, guard)
     history, written = state["history"], time.perf_counter()
-    while not _ended(history, recipe, guard):
-        epoch, started = len(history), time.perf_counter()
-        with _telling_how_to_go_on(path):
+    with _telling_how_to_go_on(path):
+        while not _ended(history, recipe, guard):
+            epoch, started = len(history), time.perf_counter()
             losses, right = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
             seconds = time.perf_counter() - started
             scores = {"loss": losses.mean().item(), "accuracy": right, "seconds": seconds}
             scores |= evaluate(model)
-        _refuse_explosion(losses, scores, history, recipe)
-        history.append(scores)
-        if guard and scores[guard] == max(epoch[guard] for epoch in history):
-            state["best"] = copy.deepcopy(model.state_dict())
-        if _ended(history, recipe, guard) or time.perf_counter() - written >= STATE_EVERY:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            write_torch(state_file_of(path), {**state, **parts})
-            written = time.perf_counter()
-        _print_epoch(history, recipe["epochs"], time.perf_counter() - started)
+            _refuse_explosion(losses, scores, history, recipe)
+            history.append(scores)
+            if guard and scores[guard] == max(epoch[guard] for epoch in history):
+                state["best"] = copy.deepcopy(model.state_dict())
+            if _ended(history, recipe, guard) or time.perf_counter() - written >= STATE_EVERY:
+                parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                write_torch(state_file_of(path), {**state, **parts})
+                written = time.perf_counter()
+            _print_epoch(history, recipe["epochs"], time.perf_counter() - started)
     kept = kept_epoch(history, guard)
     if kept < len(history):
         model.load_state_dict(state["best"])
@@ -437,7 +438,7 @@ def train(model, data, step, batches, evaluate, recipe, origin, path, fresh=Fals
 
 def state_file_of(path):
     """Where the state of a model's training stands: beside the model."""
-    return Path(path).with_suffix(".training.pt")
+    return Path(path).with_suffix(STATE_SUFFIX)
 
 
 def _resumed(path, model, optimizer, new, guard):
@@ -1378,12 +1379,15 @@ def command_for(path):
 
     It names the Python that runs, and can be pasted. For a file of the running script it is the
     command that runs, with --fresh for the state of a training; for another's, that script with
-    those flags of the running one that every script has.
+    those flags of the running one that every script has. A file in no question's folder is of an
+    unknown script.
     """
     path = Path(path)
-    script = SCRIPTS.get(path.parent.name, "the script of its question")
+    script = SCRIPTS.get(path.parent.name)
+    if script is None:
+        return "the script of its question"
     if Path(sys.argv[0]).name == script:
-        fresh = ["--fresh"] if path == state_file_of(path) else []
+        fresh = ["--fresh"] if path.name.endswith(STATE_SUFFIX) else []
         words = [*(word for word in sys.argv[1:] if word != "--fresh"), *fresh]
     else:
         args, _ = argument_parser("").parse_known_args()
