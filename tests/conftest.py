@@ -1,24 +1,27 @@
 """Fixtures that every test file may use."""
 
+import contextlib
+import importlib
+import io
 import os
-import subprocess
 import sys
+import traceback
+import urllib.error
+import urllib.request
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-# Sums depend on how they are shared out among threads, and some tests compare them bit for bit
-# across processes.
+import pytest
+import torch
+
+import common
+import helpers
+from tools import synthetic
+
+# Sums depend on how threads share them, and some tests compare them bit for bit across processes.
 os.environ["OMP_NUM_THREADS"] = "2"
-os.environ["PYTHONPATH"] = str(
-    Path(__file__).resolve().parent.parent
-)  # for the scripts that tests start
-
-import pytest  # noqa: E402  (the lines above must come before torch is imported)
-import torch  # noqa: E402
-
-import common  # noqa: E402
-import helpers  # noqa: E402
-
+os.environ["PYTHONPATH"] = str(helpers.ROOT)  # for the scripts that tests start
 torch.set_num_threads(2)
 
 
@@ -26,7 +29,7 @@ torch.set_num_threads(2)
 def cifar10(tmp_path_factory):
     """Folder with a synthetic CIFAR-10, which common.load_cifar10 takes for the published one."""
     root = tmp_path_factory.mktemp("data")
-    helpers.write_synthetic_cifar10(root)
+    synthetic.write_synthetic_cifar10(root)
     with pytest.MonkeyPatch.context() as patch:
         helpers.accept_as_published(patch, root)
         yield root
@@ -40,27 +43,63 @@ def loaded(cifar10):
 
 @pytest.fixture(scope="session")
 def quick_run(cifar10, tmp_path_factory):
-    """All scripts once with --quick: `results`, their folder, and `finished`, a CompletedProcess by
-    question."""
+    """All scripts once with --quick: `results`, their folder, and `finished`.
+
+    The second is a dict from question, and "report", to what `run_here` returns.
+    """
     results = tmp_path_factory.mktemp("quick") / "results"
-    commands = {
-        question: helpers.quick_script(question, cifar10, results) for question in helpers.SCRIPTS
-    }
-    commands["report"] = helpers.script("report.py", "--quick", "--results", results)
     finished = {
-        name: subprocess.run(command, capture_output=True, text=True)
-        for name, command in commands.items()
+        question: run_here(name, helpers.quick_flags(question, cifar10, results))
+        for question, name in helpers.SCRIPTS.items()
     }
+    finished["report"] = run_here("report.py", ["--quick", "--results", str(results)])
     return SimpleNamespace(results=results, finished=finished)
+
+
+def run_here(name, flags):
+    """A script in this process, where UMAP need not be compiled anew: like a CompletedProcess.
+
+    Its stderr ends in the warnings that the script gave.
+    """
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    main = importlib.import_module(Path(name).stem).main
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(record=True) as given,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", [name, *flags])
+        try:
+            common.run(main)
+        except SystemExit as end:
+            status = end.code
+        except Exception:
+            traceback.print_exc()
+            status = 1
+    told = err.getvalue() + "".join(f"{warning.message}\n" for warning in given)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=told)
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Nothing can be fetched, and nothing was."""
+
+    def refuse(*args, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def error_line(monkeypatch, capsys):
-    """Function that runs a script's main() for a user's mistake and returns the one line it leaves
-    on stderr."""
+    """Function that runs a script's main() for a user's mistake and returns its line on stderr."""
 
     def run(main, *flags):
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+        name = Path(main.__code__.co_filename).name
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             common.run(main)

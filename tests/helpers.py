@@ -14,50 +14,40 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
+from torchvision.datasets import CIFAR10
 
 import common
 import q1_split
-import q2_train_ce
 from tools import synthetic
 
-posix = pytest.mark.skipif(os.name != "posix", reason="signals, links and locks of POSIX systems")
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and links of POSIX systems")
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {
-    "q1": "q1_split.py",
-    "q2": "q2_train_ce.py",
-    "q3": "q3_attack.py",
-    "q4": "q4_adv_train.py",
-    "q6": "q6_angular.py",
-}
+SCRIPTS = {question: name for question, name in common.SCRIPTS.items() if question != "q5"}
 # The imagenet stem does a quarter of the default's work, which is what counts in a suite.
-TRAINING_FLAGS = {"q2": ["--stem", "imagenet"], "q4": [], "q6": ["--init", "scratch"]}
+TRAINING_FLAGS = {"q2": ["--stem", "imagenet"], "q6": ["--init", "scratch"]}
 
 
-# ---- Data --------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------
 
 
-PUBLISHED = {
-    kind: getattr(torchvision.datasets.CIFAR10, kind) for kind in ("train_list", "test_list")
-}
+PUBLISHED = {kind: getattr(CIFAR10, kind) for kind in ("train_list", "test_list", "meta")}
 
 
 def accept_as_published(patch, root):
-    """Let torchvision and load_cifar10 take these files for the published ones. patch: a
-    MonkeyPatch."""
-    for kind, names in synthetic.published(root).items():
-        patch.setattr(torchvision.datasets.CIFAR10, kind, names)
+    """Let torchvision take the files in `root` for the published ones. patch: a MonkeyPatch."""
+    for kind, files in synthetic.published(root).items():
+        patch.setattr(CIFAR10, kind, files)
 
 
 def tiny_data():
     """Parts of 160, 40 and 40 random images in the form of common.load_data."""
-    rng = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     return {
-        name: (
-            torch.randint(0, 256, (number, 3, 32, 32), generator=rng).byte(),
-            torch.arange(number) % 10,
+        part: (
+            torch.randint(0, 256, (count, 3, 32, 32), generator=generator).byte(),
+            torch.arange(count) % 10,
         )
-        for name, number in (("train", 160), ("val", 40), ("test", 40))
+        for part, count in (("train", 160), ("val", 40), ("test", 40))
     }
 
 
@@ -78,11 +68,11 @@ def tiny_args(**changes):
 
 
 def tiny_recipe(**changes):
-    """What common.choose_recipe returns for a training that takes seconds, with what any question
-    needs."""
+    """A recipe as common.choose_recipe returns it, of seconds, with what any question needs."""
     return {
         "question": "test",
         "stem": "imagenet",
+        **common.OPTIMIZER,
         "epochs": 2,
         "batch_size": 40,
         "lr": 0.05,
@@ -92,33 +82,29 @@ def tiny_recipe(**changes):
         "noise": 2.0,
         "eps": common.EPSILON["linf"],
         "alpha": 40,
-        **common.OPTIMIZER,
         "seed": 0,
         "precision": "float32",
         "device": "cpu",
         "split_sha256": "tiny",
+        "torch": "2.9.0",
         **changes,
     }
 
 
+def tiny_origin(**changes):
+    """Of what common.provenance returns, what a training looks at."""
+    return {"question": "test", "git_commit": "abc", "code_sha256": "0" * 64, **changes}
+
+
 def tiny_split():
     """Arguments of q1_split.save_split for a valid quick split of 20, 10 and 10 images."""
-    train, val, test = np.split(
-        np.random.default_rng(0).permutation(common.NUM_IMAGES)[:40], [20, 30]
-    )
-    return {
-        "train": train,
-        "val": val,
-        "test": test,
-        "protocol": "pooled",
-        "seed": 0,
-        "quick": True,
-    }
+    indices = np.random.default_rng(0).permutation(common.NUM_IMAGES)[:40]
+    parts = zip(("train", "val", "test"), np.split(indices, [20, 30]), strict=True)
+    return {**dict(parts), "protocol": "pooled", "seed": 0, "quick": True}
 
 
 def small_checkpoint(**changes):
-    """Content of a checkpoint whose tensors are views of single zeros: valid, but 40 kB instead of
-    45 MB."""
+    """A checkpoint whose tensors are views of single zeros: valid, but 40 kB instead of 45 MB."""
     weights = {
         name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
         for name, tensor in common.resnet18(10, "imagenet").state_dict().items()
@@ -148,7 +134,7 @@ class CreatesFile:
         return open, (str(self.path), "w")
 
 
-# ---- Processes ---------------------------------------------------------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
 
 
 def script(name, *flags):
@@ -156,11 +142,17 @@ def script(name, *flags):
     return [sys.executable, str(ROOT / name), *map(str, flags)]
 
 
-def run_code(code, **variables):
-    """A CompletedProcess of Python code in a process of its own, with these environment
-    variables."""
+def run_code(code, folder=None, **variables):
+    """Python code in a process of its own with these environment variables: CompletedProcess."""
+    environment = os.environ | variables
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def quick_flags(question, data, results):
+    """Flags of a question's quick run: list of strings."""
+    flags = ["--quick", "--device", "cpu", "--precision", "float32", "--data", data]
+    return [str(word) for word in (*flags, "--results", results, *TRAINING_FLAGS.get(question, []))]
 
 
 def quick_script(question, data, results):
@@ -169,27 +161,8 @@ def quick_script(question, data, results):
     return [sys.executable, *map(str, words), *quick_flags(question, data, results)]
 
 
-def quick_flags(question, data, results):
-    return [
-        str(word)
-        for word in (
-            "--quick",
-            "--device",
-            "cpu",
-            "--precision",
-            "float32",
-            "--data",
-            data,
-            "--results",
-            results,
-            *TRAINING_FLAGS.get(question, []),
-        )
-    ]
-
-
-def send_signal(command, number, delay, after=""):
-    """Start a command and send it a signal `delay` seconds after its first stderr line that begins
-    with `after`.
+def send_signal(command, signal_number, delay, after=""):
+    """Start a command and signal it `delay` seconds after a line of stderr begins with `after`.
 
     Returns its exit status and all of its stderr.
     """
@@ -198,31 +171,55 @@ def send_signal(command, number, delay, after=""):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a suite in the background ignores it
+        # A suite in the background ignores Ctrl-C, and what it starts inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with process:
         seen = []
-        while (
-            after
-            and not (seen and seen[-1].startswith(after))
-            and (line := process.stderr.readline())
-        ):
+        while after and not (seen and seen[-1].startswith(after)):
+            line = process.stderr.readline()
+            if not line:
+                break
             seen.append(line)
         time.sleep(delay)
-        process.send_signal(number)
+        process.send_signal(signal_number)
         seen.append(process.stderr.read())
     return process.returncode, "".join(seen)
 
 
-# ---- Training states ---------------------------------------------------------------------------
+# ---- Trainings -----------------------------------------------------------------------------------
+
+
+def linear_problem():
+    """12 points with 4 coordinates, and their classes 0 and 1."""
+    return torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+
+
+def train_linear(
+    path, model=None, step=None, evaluate=None, origin=None, fresh=False, guard=None, **changes
+):
+    """common.train on `linear_problem`: three steps an epoch. changes: of tiny_recipe."""
+
+    def cross_entropy(model, points, labels, generator, recipe):
+        return F.cross_entropy(model(points), labels), torch.tensor(0)
+
+    torch.manual_seed(0)
+    return common.train(
+        model or torch.nn.Linear(4, 2),
+        linear_problem(),
+        step or cross_entropy,
+        common.shuffled_batches,
+        evaluate or (lambda model: {"val_accuracy": 0.5}),
+        tiny_recipe(batch_size=4, **changes),
+        origin or tiny_origin(),
+        path,
+        fresh,
+        guard,
+    )
 
 
 def without_seconds(history):
-    return [
-        {name: value for name, value in epoch.items() if name != "seconds"} for epoch in history
-    ]
+    return [{key: epoch[key] for key in epoch if key != "seconds"} for epoch in history]
 
 
 def assert_same_bits(found, expected):
@@ -242,15 +239,14 @@ def assert_same_bits(found, expected):
 
 
 def assert_same_training(found_file, expected_file):
-    """Two training states agree bit for bit in weights, optimizer and history, except for the time
-    taken."""
+    """Two training states agree bit for bit, except for the time taken."""
     found, expected = (torch.load(path, weights_only=True) for path in (found_file, expected_file))
     for state in (found, expected):
         state["history"] = without_seconds(state["history"])
     assert_same_bits(found, expected)
 
 
-# ---- Fuzzing -----------------------------------------------------------------------------------
+# ---- Fuzzing -------------------------------------------------------------------------------------
 # Each target writes a small valid file and returns its path and a function that reads it as the
 # scripts do.
 
@@ -267,139 +263,54 @@ def checkpoint_target(folder):
 
     def read():
         checkpoint = common.read_checkpoint(path)
-        total = sum(
-            float(tensor.double().abs().sum())
-            for tensor in checkpoint["model"].state_dict().values()
-        )
-        return checkpoint["stem"], checkpoint["provenance"], total
+        return checkpoint["stem"], checkpoint["provenance"], checkpoint["sha256"]
 
     return path, read
 
 
 def state_target(folder):
-    path = folder / "q2" / "training.pt"
+    path = folder / "q2" / "model.pt"
 
     def read():
-        torch.manual_seed(0)
         model = torch.nn.Linear(4, 2)
-        history = train_linear(model, path)
-        return history, {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+        training = train_linear(path, model)
+        return training, {name: tensor.tolist() for name, tensor in model.state_dict().items()}
 
     read()
-    return path, read
+    return common.state_file_of(path), read
 
 
-def linear_problem():
-    """12 points with 4 coordinates, and their classes 0 and 1."""
-    return torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
-
-
-def train_linear(model, state_file, step=None, evaluate=None, guard=None, **changes):
-    """common.train on `linear_problem`: three steps per epoch."""
-
-    def cross_entropy(model, points, labels, generator, recipe):
-        return F.cross_entropy(model(points), labels), torch.tensor(0)
-
-    return common.train(
-        model,
-        linear_problem(),
-        step or cross_entropy,
-        common.shuffled_batches,
-        evaluate or (lambda model: {"val_accuracy": 0.5}),
-        tiny_recipe(batch_size=4, **changes),
-        state_file,
-        guard=guard,
-    )
-
-
-def data_target(folder):
-    synthetic.write_synthetic_cifar10(folder, per_file=20)
-    sound = synthetic.published(folder)
-
-    def read():
-        with pytest.MonkeyPatch.context() as patch:
-            for kind, names in sound.items():
-                patch.setattr(torchvision.datasets.CIFAR10, kind, names)
-            images, labels = common.load_cifar10(folder)
-        return images.tolist(), labels.tolist()
-
-    return folder / "cifar-10-batches-py" / "data_batch_3", read
+def right_target(folder):
+    common.write_right(folder / "q3", {"m": {"clean": torch.arange(50) % 3 == 0}})
+    path = folder / "q3" / "right.npz"
+    return path, lambda: common.read_right(path)["m"]["clean"].tolist()
 
 
 FUZZ_TARGETS = {
     "split": split_target,
     "checkpoint": checkpoint_target,
     "training state": state_target,
-    "data": data_target,
+    "right": right_target,
 }
 
 
-def assert_survives_fuzzing(target, folder, number, seed):
-    """Each of `number` mutations of the target's file ends in a UserError or in what the sound file
-    holds."""
+def assert_survives_fuzzing(target, folder, count, seed):
+    """Each of `count` mutations of a file is a UserError or is read as the sound file is."""
     path, read = FUZZ_TARGETS[target](folder)
     content, expected = path.read_bytes(), read()
     rng = random.Random(seed)
-    for attempt in range(number):
+    for attempt in range(count):
         path.write_bytes(mutated(content, rng))
         try:
             found = read()
         except common.UserError as error:
             assert "\n" not in str(error)
         else:
-            assert found == expected, (
-                f"mutation {attempt} of the {target} was read as if it were sound"
-            )
-
-
-def assert_flags_survive_fuzzing(monkeypatch, folder, number, seed):
-    """Each of `number` command lines with mutated values ends in one line and status 2, or in
-    values of their kind."""
-    rng = random.Random(seed)
-    sound = {
-        "--seed": "3",
-        "--epochs": "12",
-        "--batch-size": "64",
-        "--lr": "0.1",
-        "--stem": "cifar",
-        "--precision": "float32",
-        "--device": "cpu",
-    }
-    for _ in range(number):
-        words = [
-            word
-            for flag in rng.sample(list(sound), 2)
-            for word in (flag, mutated(sound[flag].encode(), rng).decode("utf-8", "replace"))
-        ]
-        monkeypatch.setattr(sys, "argv", ["script.py", "--results", str(folder), *words])
-        parser = common.argument_parser("A script.", q2_train_ce.RECIPES)
-        parser.add_argument("--stem", choices=common.STEMS, default="stride2")
-        try:
-            args = common.parse_arguments(parser)
-            recipe = common.choose_recipe(
-                args, q2_train_ce.RECIPES, args.stem, "q2", {"sha256": "tiny"}
-            )
-        except common.UserError as error:
-            assert "\n" not in str(error)
-        except SystemExit as end:
-            assert end.code == 2, words
-        else:
-            assert (
-                args.seed >= 0
-                and recipe["epochs"] >= 1
-                and recipe["batch_size"] >= 1
-                and 0 < recipe["lr"] < float("inf")
-            ), words
-            assert (
-                recipe["stem"] in common.STEMS
-                and recipe["precision"] in ("float32", "bfloat16")
-                and recipe["device"] == "cpu"
-            ), words
+            assert found == expected, f"mutation {attempt} of the {target} was read as sound"
 
 
 def mutated(content, rng):
-    """Bytes with one random change: most often a flipped bit, else a cut end, or bytes put in or
-    left out."""
+    """Bytes with one random change: a flipped bit, a cut end, or some bytes more or fewer."""
     content = bytearray(content)
     place = rng.randrange(len(content))
     kind = rng.choice(("flip", "flip", "flip", "cut", "insert", "remove"))

@@ -1,17 +1,12 @@
-"""Bad input of every kind: one line that begins with "error: ", exit status 2, and nothing executed
-or lost."""
+"""Bad input and awkward machines: a line that begins with "error: ", and nothing lost or run."""
 
-import contextlib
 import errno
 import io
 import os
 import pickle
-import shutil
-import signal
+import shlex
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -30,24 +25,12 @@ import report
 
 
 @pytest.fixture
-def no_network(monkeypatch, tmp_path):
-    def refuse(*args, **options):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(torch.hub, "urlopen", refuse)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
 def random_images(monkeypatch):
     """60,000 images that need no file: the same noise again and again."""
-    noise = torch.randint(
-        0, 256, (100, 3, 32, 32), generator=torch.Generator().manual_seed(0)
-    ).byte()
-    monkeypatch.setattr(
-        common, "load_cifar10", lambda root: (noise.repeat(600, 1, 1, 1), torch.arange(60_000) % 10)
-    )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (100, 3, 32, 32), generator=generator).byte()
+    images, labels = noise.repeat(600, 1, 1, 1), torch.arange(60_000) % 10
+    monkeypatch.setattr(common, "load_cifar10", lambda root: (images, labels))
 
 
 @pytest.fixture
@@ -61,18 +44,16 @@ def split(tmp_path):
 def question_2(tmp_path, split):
     """A checkpoint of question 2 for that split, in its place."""
     origin = {"question": "q2", "split_sha256": split["sha256"]}
-    common.write_file(
-        tmp_path / "q2" / "model.pt",
-        helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)),
-    )
-    return tmp_path / "q2" / "model.pt"
+    path = tmp_path / "q2" / "model.pt"
+    common.write_file(path, helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)))
+    return path
 
 
 def one_line(error):
     return "\n" not in str(error.value)
 
 
-# ---- Flags -------------------------------------------------------------------------------------
+# ---- Flags ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,26 +64,26 @@ def one_line(error):
         (q1_split, ["--seed", "1e3"], "--seed"),
         (q1_split, ["--device", "tpu"], "--device"),
         (q2_train_ce, ["--epochs", "0"], "--epochs"),
-        (q2_train_ce, ["--epochs", "many"], "--epochs"),
         (q2_train_ce, ["--batch-size", "-5"], "--batch-size"),
         (q2_train_ce, ["--lr", "nan"], "--lr"),
-        (q2_train_ce, ["--lr", "0"], "--lr"),
         (q2_train_ce, ["--lr", "inf"], "--lr"),
         (q2_train_ce, ["--stem", "vgg"], "--stem"),
         (q4_adv_train, ["--lr-perturbed", "0"], "--lr-perturbed"),
-        (q4_adv_train, ["--noise", "0"], "--noise"),
+        (q4_adv_train, ["--noise", "-1"], "--noise"),
         (q6_angular, ["--precision", "int8"], "--precision"),
         (q3_attack, ["--epochs", "3"], "--epochs"),
-        (q3_attack, ["--no-such-flag"], "--no-such-flag"),
     ],
 )
 def test_a_flag_with_a_wrong_value_is_named(error_line, tmp_path, script, flags, named):
     assert named in error_line(script.main, "--results", tmp_path, *flags)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_device_is_named(error_line, tmp_path):
-    assert "--device auto" in error_line(q1_split.main, "--results", tmp_path, "--device", "cuda")
+@pytest.mark.parametrize("value", ["9" * 200_000, "1\n2\n3", "\x1b[31m7"])
+def test_flags_of_any_kind_end_in_one_short_line_that_a_terminal_can_show(
+    error_line, tmp_path, value
+):
+    line = error_line(q1_split.main, "--results", tmp_path, "--seed", value)
+    assert "--seed" in line and len(line) < 1000 and line.isprintable()
 
 
 @pytest.fixture
@@ -120,35 +101,25 @@ def broken_gpu(monkeypatch):
     return break_with
 
 
-NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nFor debugging..."
-
-
-def test_a_gpu_too_old_for_pytorch_stays_unused_with_a_line_that_says_so(
-    broken_gpu, monkeypatch, tmp_path, capsys
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_gpu_too_old_for_pytorch_stays_unused_or_is_refused(
+    broken_gpu, monkeypatch, capsys, asked
 ):
-    broken_gpu(torch.AcceleratorError(NO_KERNEL))
-    monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path)])
-    args = common.parse_arguments(common.argument_parser("A script."))
-    assert args.device == "cpu"
+    broken_gpu(torch.AcceleratorError("CUDA error: no kernel image is available\nFor debugging..."))
+    monkeypatch.setattr("sys.argv", ["script.py", *(["--device", "cuda"] if asked else [])])
+    if asked:
+        with pytest.raises(common.UserError, match="--device auto"):
+            common.parse_arguments(common.argument_parser("A script."))
+    else:
+        args = common.parse_arguments(common.argument_parser("A script."))
+        assert args.device == "cpu"
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("no kernel image is available for execution on the device")
-
-
-def test_a_gpu_too_old_that_is_asked_for_is_refused(broken_gpu, monkeypatch, tmp_path, capsys):
-    broken_gpu(torch.AcceleratorError(NO_KERNEL))
-    monkeypatch.setattr("sys.argv", ["script.py", "--results", str(tmp_path), "--device", "cuda"])
-    with pytest.raises(common.UserError, match="--device auto"):
-        common.parse_arguments(common.argument_parser("A script."))
+    assert line.endswith("no kernel image is available")
 
 
 def test_a_gpu_whose_memory_is_full_ends_in_one_line(broken_gpu, error_line, tmp_path):
     broken_gpu(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert "--device cpu" in error_line(q1_split.main, "--results", tmp_path)
-
-
-def test_the_report_needs_no_gpu(broken_gpu, error_line, tmp_path):
-    broken_gpu(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
-    assert "holds no results" in error_line(report.main, "--results", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -163,22 +134,11 @@ def test_help_is_the_scripts_docstring_and_all_flags(script, monkeypatch, capsys
     assert script.__doc__.strip() in shown and "--results" in shown and "--seed" in shown
 
 
-def test_a_script_run_from_a_shell_ends_with_one_line_and_status_2(tmp_path):
-    finished = subprocess.run(
-        helpers.script("q2_train_ce.py", "--results", tmp_path), capture_output=True, text=True
-    )
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
-    assert "python q1_split.py" in finished.stderr
-
-
 @pytest.mark.parametrize(
     "script, flags",
     [
         (q2_train_ce, ["--batch-size", "21"]),  # the split has 20 training images
         (q2_train_ce, ["--batch-size", "1"]),  # batch-norm of one image whose map is 1 x 1
-        (q4_adv_train, ["--batch-size", "21"]),
         (q6_angular, ["--batch-size", "25"]),  # not as many of each class
         (q6_angular, ["--batch-size", "10"]),  # no pairs
         (q6_angular, ["--batch-size", "1000"]),  # more than there are
@@ -187,10 +147,74 @@ def test_a_script_run_from_a_shell_ends_with_one_line_and_status_2(tmp_path):
 def test_a_batch_size_that_cannot_work_is_refused(
     error_line, tmp_path, question_2, random_images, script, flags
 ):
-    assert "--batch-size" in error_line(script.main, "--quick", "--results", tmp_path, *flags)
+    flags = ["--quick", "--fresh", "--results", tmp_path, *flags]
+    assert "--batch-size" in error_line(script.main, *flags)
 
 
-# ---- Files that are missing --------------------------------------------------------------------
+# ---- What an error advises -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def advised(monkeypatch):
+    """Function: the words of command_for(path) while a script runs with these flags."""
+
+    def words(running, flags, path):
+        monkeypatch.setattr("sys.argv", [running, *map(str, flags)])
+        return shlex.split(common.command_for(path))
+
+    return words
+
+
+@helpers.posix
+def test_advice_names_the_interpreter_and_flags_so_that_it_can_be_pasted(
+    advised, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "my data", "--results", "my res", "--seed", 3, "--quick", "--device", "cpu"]
+    python, script, *rest = advised("q3_attack.py", flags, Path("my res/q2/model.pt"))
+    assert python == sys.executable and Path(script) == helpers.ROOT / "q2_train_ce.py"
+    assert rest == ["--data", "my data", "--results", "my res", "--seed", "3", "--quick"]
+    rest = advised("q3_attack.py", flags, Path("my res/q1/split.npz"))[2:]
+    assert "--seed" not in rest  # the split is seed 0's
+
+
+@helpers.posix
+def test_advice_holds_from_the_present_folder(advised, monkeypatch, tmp_path):
+    path = Path("results/q2/model.pt")
+    python = tmp_path / ".venv" / "bin" / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(helpers.ROOT)
+    assert advised("q3_attack.py", [], path)[:2] == [str(python), "q2_train_ce.py"]
+    monkeypatch.chdir(tmp_path)
+    expected = [".venv/bin/python", str(helpers.ROOT / "q2_train_ce.py")]
+    assert advised("q3_attack.py", [], path)[:2] == expected
+
+
+@helpers.posix
+def test_advice_for_the_running_script_is_its_own_command_and_fresh_for_a_state(advised):
+    flags = ["--stem", "cifar", "--lr", "0.2", "--fresh", "--results", "res"]
+    kept = [word for word in flags if word != "--fresh"]
+    model = Path("res/q2/model.pt")
+    assert advised("q2_train_ce.py", flags, model)[2:] == kept
+    state = common.state_file_of(model)
+    assert advised("q2_train_ce.py", flags, state)[2:] == [*kept, "--fresh"]
+
+
+def test_no_command_is_made_up_for_a_file_of_no_question(tmp_path):
+    with pytest.raises(common.UserError, match="No such file") as error:
+        common.load_checkpoint(tmp_path / "other.pt")
+    assert ".py" not in str(error.value)
+
+
+# ---- Files that are missing ----------------------------------------------------------------------
+
+
+def test_a_script_run_from_a_shell_ends_with_one_line_and_status_2(tmp_path):
+    command = helpers.script("q2_train_ce.py", "--results", tmp_path)
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 2 and finished.stdout == ""
+    assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
+    assert "q1_split.py" in finished.stderr
 
 
 def test_missing_data_without_network_is_explained(error_line, tmp_path, no_network):
@@ -201,32 +225,26 @@ def test_missing_data_without_network_is_explained(error_line, tmp_path, no_netw
 @pytest.mark.parametrize("script", [q2_train_ce, q3_attack, q4_adv_train, q6_angular])
 @pytest.mark.parametrize("mode", [[], ["--quick"]], ids=["full", "quick"])
 def test_a_missing_split_is_explained(error_line, tmp_path, script, mode):
-    line = error_line(script.main, "--results", tmp_path, *mode)
-    assert line.endswith(" ".join(["python q1_split.py --results", str(tmp_path), *mode]))
+    line = error_line(script.main, "--results", tmp_path / "absent", *mode)
+    assert line.endswith(" ".join(["q1_split.py --results", str(tmp_path / "absent"), *mode]))
+    assert not (tmp_path / "absent").exists()  # a mistyped folder is not made
 
 
 def test_a_missing_model_is_explained(error_line, tmp_path, split, random_images):
-    assert "python q2_train_ce.py --results" in error_line(
-        q3_attack.main, "--quick", "--results", tmp_path
-    )
+    line = error_line(q3_attack.main, "--quick", "--results", tmp_path)
+    assert "q2_train_ce.py --results" in line
 
 
-def test_imagenet_weights_without_network_are_explained(
-    error_line, tmp_path, question_2, random_images, no_network
-):
-    line = error_line(q6_angular.main, "--quick", "--results", tmp_path, "--init", "imagenet")
-    assert "no network" in line and "--init q2" in line
-
-
-@pytest.mark.parametrize("content", [b"", b"PK", b"broken"])
-def test_a_damaged_file_in_the_cache_of_imagenet_weights_is_named(
+@pytest.mark.parametrize("content", [None, b"", b"PK", b"broken"])
+def test_imagenet_weights_that_cannot_be_had_are_explained(
     error_line, tmp_path, question_2, random_images, no_network, content
 ):
     cached = tmp_path / "cache" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
-    common.write_file(cached, content)
-    assert str(cached) in error_line(
-        q6_angular.main, "--quick", "--results", tmp_path, "--init", "imagenet"
-    )
+    if content is not None:
+        common.write_file(cached, content)
+    line = error_line(q6_angular.main, "--quick", "--results", tmp_path, "--init", "imagenet")
+    assert "--init q2" in line and str(cached) in line
+    assert ("no network" in line) == (content is None)
 
 
 @pytest.mark.parametrize("script", [q4_adv_train, q6_angular])
@@ -234,34 +252,28 @@ def test_a_damaged_file_in_the_cache_of_imagenet_weights_is_named(
 def test_questions_4_and_6_begin_with_question_2_or_its_stem(
     split, question_2, tmp_path, script, init
 ):
-    model, stem, parents = script.first_model(helpers.tiny_args(init=init, results=tmp_path), split)
-    assert stem == "imagenet"
-    assert parents == ([common.sha256(question_2.read_bytes())] if init == "q2" else [])
+    args = helpers.tiny_args(init=init, results=tmp_path)
+    model, about, *_ = script.first_model(args, split)
+    assert about["stem"] == "imagenet"
+    own = common.read_checkpoint(question_2)["sha256"]
+    assert about.get("q2_sha256") == (own if init == "q2" else None)
     assert (model.backbone.layer1[0].conv1.weight == 0).all() == (init == "q2")
 
 
-def test_a_checkpoint_to_start_from_must_exist_and_be_of_this_split(
+def test_a_checkpoint_to_start_from_must_be_of_this_split(
     error_line, tmp_path, question_2, random_images
 ):
-    flags = ("--quick", "--results", tmp_path, "--init", tmp_path / "other.pt")
-    assert "other.pt" in error_line(q6_angular.main, *flags)
     (tmp_path / "other.pt").write_bytes(helpers.torch_bytes(helpers.small_checkpoint()))
+    flags = ("--quick", "--results", tmp_path, "--init", tmp_path / "other.pt")
     assert "another split" in error_line(q6_angular.main, *flags)
 
 
-# ---- Files that are damaged --------------------------------------------------------------------
+# ---- Files that are damaged ----------------------------------------------------------------------
 
 
-def test_truncated_data_is_refused(error_line, cifar10, tmp_path):
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    for path in (cifar10 / folder.name).iterdir():
-        (folder / path.name).symlink_to(path)
-    (folder / "test_batch").unlink()
-    (folder / "test_batch").write_bytes((cifar10 / folder.name / "test_batch").read_bytes()[:-1000])
-    assert str(folder) in error_line(
-        q1_split.main, "--results", tmp_path / "results", "--data", tmp_path
-    )
+@pytest.mark.parametrize("seed, target", list(enumerate(helpers.FUZZ_TARGETS)))
+def test_randomly_damaged_files_are_noticed(tmp_path, seed, target):
+    helpers.assert_survives_fuzzing(target, tmp_path, count=15, seed=seed)
 
 
 def npz(**arrays):
@@ -276,7 +288,6 @@ def npz(**arrays):
         {"test": helpers.tiny_split()["train"]},  # tests on training images
         {"train": np.array([1, 1, 2])},
         {"train": np.arange(20.0)},
-        {"train": np.arange(20, dtype=np.int32)},
         {"train": np.array([], dtype=np.int64)},
         {"train": np.arange(20).reshape(4, 5)},
         {"train": np.array([-1, 3])},
@@ -285,23 +296,10 @@ def npz(**arrays):
         {"quick": 1},
         {"seed": np.arange(2)},
     ],
-    ids=[
-        "overlap",
-        "twice",
-        "float",
-        "int32",
-        "empty",
-        "2-D",
-        "negative",
-        "too large",
-        "seed",
-        "quick",
-        "two seeds",
-    ],
 )
 def test_an_array_file_that_is_no_split_is_refused(tmp_path, change):
     (tmp_path / "split.npz").write_bytes(npz(**{**helpers.tiny_split(), **change}))
-    with pytest.raises(common.UserError, match="q1_split.py") as error:
+    with pytest.raises(common.UserError, match="damaged") as error:
         common.load_split(tmp_path / "split.npz")
     assert one_line(error)
 
@@ -316,11 +314,20 @@ def test_a_split_that_is_cut_off_or_empty_or_lacks_a_part_is_refused(tmp_path):
         assert one_line(error)
 
 
-def test_a_split_with_a_pickle_inside_is_refused_and_not_executed(tmp_path):
+@pytest.mark.parametrize("name", ["m/clean", "clean"])
+def test_a_list_of_right_images_of_another_form_is_refused(tmp_path, name):
+    for found in (np.ones(3), np.ones((2, 2), bool), np.array(True)):
+        (tmp_path / "right.npz").write_bytes(npz(**{name: found}))
+        with pytest.raises(common.UserError, match="damaged"):
+            common.read_right(tmp_path / "right.npz")
+
+
+@pytest.mark.parametrize("read", [common.load_split, common.read_right])
+def test_a_pickle_inside_an_array_file_is_refused_and_not_executed(tmp_path, read):
     trap = np.array([helpers.CreatesFile(tmp_path / "executed")], dtype=object)
-    (tmp_path / "split.npz").write_bytes(npz(**{**helpers.tiny_split(), "train": trap}))
+    (tmp_path / "file.npz").write_bytes(npz(**{**helpers.tiny_split(), "train": trap, "m/c": trap}))
     with pytest.raises(common.UserError):
-        common.load_split(tmp_path / "split.npz")
+        read(tmp_path / "file.npz")
     assert not (tmp_path / "executed").exists()
 
 
@@ -340,10 +347,8 @@ def test_a_model_of_another_split_or_question_is_refused(
     error_line, tmp_path, split, random_images, provenance, reason
 ):
     provenance = {"split_sha256": split["sha256"], **provenance}
-    common.write_file(
-        tmp_path / "q2" / "model.pt",
-        helpers.torch_bytes(helpers.small_checkpoint(provenance=provenance)),
-    )
+    content = helpers.torch_bytes(helpers.small_checkpoint(provenance=provenance))
+    common.write_file(tmp_path / "q2" / "model.pt", content)
     line = error_line(q3_attack.main, "--quick", "--results", tmp_path)
     assert reason in line and "q2_train_ce.py" in line and "--quick" in line
 
@@ -358,72 +363,52 @@ def changed_weights(**changes):
         {"stem": "vgg"},
         {"num_outputs": 11},
         {"num_outputs": 0},
+        {"num_outputs": 10**9},  # building it would fill the memory
         {"provenance": None},
         {"weights": {}},
         changed_weights(extra=torch.zeros(1)),
         changed_weights(**{"head.bias": torch.full((10,), torch.nan)}),
-        changed_weights(**{"head.bias": torch.zeros(10, dtype=torch.float64)}),
         changed_weights(**{"head.bias": torch.zeros(9)}),
         changed_weights(**{"head.bias": "zero"}),
-    ],
-    ids=[
-        "stem",
-        "outputs",
-        "no outputs",
-        "provenance",
-        "no weights",
-        "more weights",
-        "nan",
-        "dtype",
-        "shape",
-        "text",
     ],
 )
 def test_a_checkpoint_that_does_not_fit_its_network_is_refused(tmp_path, change):
     (tmp_path / "model.pt").write_bytes(helpers.torch_bytes(helpers.small_checkpoint(**change)))
-    with pytest.raises(common.UserError, match="model.pt") as error:
+    with pytest.raises(common.UserError, match="model.pt is damaged") as error:
         common.load_checkpoint(tmp_path / "model.pt")
     assert one_line(error)
-
-
-def test_a_checkpoint_cannot_make_us_build_a_network_that_fills_the_memory(tmp_path, monkeypatch):
-    (tmp_path / "model.pt").write_bytes(
-        helpers.torch_bytes({**helpers.small_checkpoint(), "num_outputs": 10**9})
-    )
-    built = []
-    monkeypatch.setattr(common, "resnet18", lambda num_outputs, stem: built.append(num_outputs))
-    with pytest.raises(common.UserError):
-        common.load_checkpoint(tmp_path / "model.pt")
-    assert built == []
 
 
 def test_a_changed_letter_inside_a_checkpoint_is_noticed(tmp_path):
     content = helpers.torch_bytes(helpers.small_checkpoint())
     assert content.count(b"split_sha256") == 1
     (tmp_path / "model.pt").write_bytes(content.replace(b"split_sha256", b"split_sha255"))
-    with pytest.raises(common.UserError, match="damaged"):
+    with pytest.raises(common.UserError, match="wrong checksum"):
         common.load_checkpoint(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("write", [pickle.dumps, helpers.torch_bytes])
-def test_a_malicious_checkpoint_is_refused_and_not_executed(tmp_path, write):
-    (tmp_path / "model.pt").write_bytes(
-        write(
-            {**helpers.small_checkpoint(), "provenance": helpers.CreatesFile(tmp_path / "executed")}
-        )
-    )
+def test_a_malicious_checkpoint_or_state_is_refused_and_not_executed(tmp_path, write):
+    trap = {"provenance": helpers.CreatesFile(tmp_path / "executed")}
+    model = tmp_path / "model.pt"
+    for path in (model, common.state_file_of(model)):
+        path.write_bytes(write({**helpers.small_checkpoint(), **trap, "recipe": trap}))
     with pytest.raises(common.UserError, match="damaged or not ours"):
-        common.load_checkpoint(tmp_path / "model.pt")
+        common.load_checkpoint(model)
+    with pytest.raises(common.UserError, match="damaged or not ours"):
+        helpers.train_linear(model)
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_malicious_training_state_is_refused_and_not_executed(tmp_path):
-    (tmp_path / "training.pt").write_bytes(
-        helpers.torch_bytes({"recipe": helpers.CreatesFile(tmp_path / "executed")})
-    )
-    with pytest.raises(common.UserError, match="--fresh"):
-        helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt")
-    assert not (tmp_path / "executed").exists()
+def test_a_state_without_one_of_its_parts_is_refused(tmp_path):
+    model = tmp_path / "q2" / "model.pt"
+    helpers.train_linear(model)
+    path = common.state_file_of(model)
+    whole = torch.load(path, weights_only=True)
+    for part in ("recipe", "history", "model", "optimizer"):
+        common.write_torch(path, {key: whole[key] for key in whole if key != part})
+        with pytest.raises(common.UserError, match=part):
+            helpers.train_linear(model)
 
 
 def test_a_file_far_too_large_is_not_read(tmp_path):
@@ -433,104 +418,54 @@ def test_a_file_far_too_large_is_not_read(tmp_path):
         common.load_checkpoint(tmp_path / "model.pt")
 
 
-def test_metrics_of_another_split_are_not_compared(tmp_path):
-    common.write_metrics(tmp_path / "q4", {"split_sha256": "0" * 64}, {"models": {}})
-    assert common.measured_before(helpers.tiny_args(results=tmp_path), {"sha256": "0" * 64}) == {}
-    with pytest.raises(common.UserError, match="another split"):
-        common.measured_before(helpers.tiny_args(results=tmp_path), {"sha256": "1" * 64})
+def test_an_archive_that_declares_more_than_our_files_hold_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "MAX_BYTES", 10**6)
+    with zipfile.ZipFile(tmp_path / "split.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train.npy", bytes(2 * 10**6))
+    with pytest.raises(common.UserError, match="more than our files ever hold"):
+        common.load_split(tmp_path / "split.npz")
+
+
+@helpers.posix
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    path = tmp_path / "model.pt"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(common.UserError, match="no regular file"):
+        common.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[3]", b"{", b"\xff", b"7"])
 def test_metrics_that_are_no_metrics_are_refused(tmp_path, content):
-    (tmp_path / "metrics.json").write_bytes(content)
+    path = tmp_path / "q4" / "metrics.json"
+    common.write_file(path, content)
     with pytest.raises(common.UserError, match="q4_adv_train.py") as error:
-        common.read_metrics(tmp_path / "metrics.json", "python q4_adv_train.py")
+        common.read_metrics(path)
     assert one_line(error)
 
 
-def test_a_report_without_results_is_refused(error_line, tmp_path):
-    assert "python q1_split.py" in error_line(report.main, "--results", tmp_path)
+def test_our_own_mistakes_are_not_called_damage(tmp_path):
+    (tmp_path / "metrics.json").write_bytes(b"{}")
+    for mistake in (NameError, AssertionError):
+        with pytest.raises(mistake), common.opened(tmp_path / "metrics.json"):
+            raise mistake
 
 
-def test_a_report_on_metrics_that_lack_something_is_refused(error_line, tmp_path):
-    common.write_metrics(tmp_path / "q2", {"split_sha256": "0" * 64}, {})
-    assert "python q2_train_ce.py" in error_line(report.main, "--results", tmp_path)
+# ---- Writing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"split_sha256": "1" * 64}, "different split"),
-        ({"seed": 1}, "different seed"),
-        ({"quick": True}, "different mode"),
-        ({"parent_sha256": ["2" * 64]}, "began with another model"),
-        ({"models": {"m": {"stem": "cifar"}}}, "different stem"),
-    ],
-)
-def test_a_report_does_not_mix_what_cannot_be_compared(error_line, tmp_path, change, reason):
-    origin = {"split_sha256": "0" * 64, "seed": 0, "quick": False, "parent_sha256": ["1" * 64]}
-    common.write_metrics(tmp_path / "q1", origin, {})
-    common.write_metrics(
-        tmp_path / "q2",
-        origin,
-        {"models": {"m": {"sha256": "1" * 64, "recipe": {"stem": "stride2"}}}},
-    )
-    common.write_metrics(
-        tmp_path / "q3", {**origin, "models": {"m": {"stem": "stride2"}}, **change}, {}
-    )
-    line = error_line(report.main, "--results", tmp_path)
-    assert reason in line and "python q3_attack.py" in line
-
-
-@pytest.mark.parametrize("init, refused", [("q2", True), ("chosen.pt", False)])
-def test_a_report_wants_question_6_to_begin_with_the_present_question_2_unless_a_file_was_chosen(
-    tmp_path, init, refused
-):
-    origin = {"split_sha256": "0" * 64, "seed": 0, "quick": False}
-    found = {
-        "q2": {**origin, "models": {"m": {"sha256": "1" * 64, "recipe": {"stem": "stride2"}}}},
-        "q6": {**origin, "init": init, "parent_sha256": ["2" * 64]},
-    }
-    with (
-        pytest.raises(common.UserError, match="python q6_angular.py")
-        if refused
-        else contextlib.nullcontext()
-    ):
-        report.refuse_mixtures(found, helpers.tiny_args(results=tmp_path))
-
-
-def test_a_report_that_lacks_a_figure_leaves_the_old_one(error_line, tmp_path, monkeypatch):
-    (tmp_path / "report.md").write_text("old")
-    monkeypatch.setattr(report, "read_results", lambda args: {})
-    monkeypatch.setattr(
-        report,
-        "assemble",
-        lambda *arguments: [("title", "Report"), ("figure", "q3/figure08_umap.png", "Figure 8")],
-    )
-    monkeypatch.setattr(report, "refuse_mixtures", lambda found, args: None)
-    line = error_line(report.main, "--results", tmp_path, "--quick")
-    assert line.endswith(f"python q3_attack.py --results {tmp_path} --quick")
-    assert (tmp_path / "report.md").read_text() == "old"
-    assert not list(tmp_path.glob("report.html*"))
-
-
-@pytest.mark.parametrize("seed, target", list(enumerate(helpers.FUZZ_TARGETS)))
-def test_randomly_damaged_files_are_noticed(tmp_path, seed, target):
-    helpers.assert_survives_fuzzing(target, tmp_path, number=25, seed=seed)
-
-
-def test_randomly_damaged_flags_are_noticed(monkeypatch, tmp_path, capsys):
-    helpers.assert_flags_survive_fuzzing(monkeypatch, tmp_path, number=50, seed=0)
-    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
-
-
-# ---- Writing -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
-def test_a_results_folder_that_cannot_be_written_is_noticed_at_once(error_line, tmp_path, place):
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_results_folder_that_cannot_be_written_is_named(tmp_path, place):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot write" in error_line(q1_split.main, "--results", tmp_path / place)
+    path = tmp_path / place / "split.npz"
+    with pytest.raises(common.UserError, match="cannot write") as error:
+        common.write_file(path, b"content")
+    assert str(path) in str(error.value) and one_line(error)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -548,89 +483,101 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     assert (tmp_path / "metrics.json").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("refusals, written", [(3, True), (10**6, False)])
+def test_a_file_that_a_virus_scanner_holds_is_tried_again_for_a_while(
+    tmp_path, monkeypatch, refusals, written
+):
+    original, waited = os.replace, []
+
+    def refuse(source, target):
+        if len(waited) < refusals:
+            raise PermissionError(errno.EACCES, "held")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(common.time, "sleep", waited.append)
+    if written:
+        common.write_file(tmp_path / "file", b"content")
+        assert (tmp_path / "file").read_bytes() == b"content"
+    else:
+        with pytest.raises(common.UserError, match="held"):
+            common.write_file(tmp_path / "file", b"content")
+    assert len(waited) >= 3 and sum(waited) < 10
+
+
 @helpers.posix
-def test_a_disk_without_room_for_a_trainings_state_is_noticed_before_its_first_epoch(tmp_path):
-    import resource
-
-    def step(*args):
-        raise AssertionError("training has begun")
-
-    (tmp_path / "model.pt").write_bytes(b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 10**6, hard))
-    try:
-        with pytest.raises(common.UserError, match="cannot write 179 MB.*make room") as error:
-            common.train(
-                common.resnet18(10, "imagenet"),
-                helpers.tiny_data()["train"],
-                step,
-                common.shuffled_batches,
-                None,
-                helpers.tiny_recipe(),
-                tmp_path / "training.pt",
-            )
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert one_line(error)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+def test_a_planted_link_is_neither_followed_nor_left(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "file.part").symlink_to(tmp_path / "victim")
+    common.write_file(tmp_path / "file", b"content")
+    assert (tmp_path / "victim").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "victim"]
+    assert not (tmp_path / "file").is_symlink()
 
 
-# ---- Training ----------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_step_and_keeps_the_epochs_before(
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_epochs_before(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(common, "STATE_EVERY", 0)
-    steps = []
+    factors = iter([1, 1, 1, 1, torch.nan, 1])
 
-    def step(model, images, labels, generator, recipe):
-        steps.append(None)
-        return model(torch.ones(1, 4)).sum() * (torch.nan if len(steps) == 5 else 1), torch.tensor(
-            0
-        )
+    def step(model, points, labels, generator, recipe):
+        return model(points).sum() * next(factors), torch.tensor(0)
 
     with pytest.raises(common.UserError, match="nan in epoch 2, step 2") as error:
-        helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt", step, lr=0.25)
+        helpers.train_linear(tmp_path / "model.pt", step=step, lr=0.25)
     assert one_line(error) and "rate, now 0.25" in str(error.value)
-    assert len(torch.load(tmp_path / "training.pt", weights_only=True)["history"]) == 1
+    state = torch.load(common.state_file_of(tmp_path / "model.pt"), weights_only=True)
+    assert len(state["history"]) == 1
 
 
-def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_training_loss_out_of_all_proportion_to_the_first_stops(tmp_path, sign):
+    factors = iter([0.5, 0.5, 0.5, 0.5, sign * 2e3, 0.5])
+
+    def step(model, points, labels, generator, recipe):
+        return next(factors) + 0 * model(points).sum(), torch.tensor(0)
+
+    with pytest.raises(common.UserError, match="in epoch 2, step 2"):
+        helpers.train_linear(tmp_path / "model.pt", step=step)
+
+
+def test_a_large_loss_from_the_first_step_on_does_not_stop(tmp_path):
+    def step(model, points, labels, generator, recipe):
+        return 1e6 + 0 * model(points).sum(), torch.tensor(0)
+
+    assert helpers.train_linear(tmp_path / "model.pt", step=step)["history"][1]["loss"] == 1e6
+
+
+@pytest.mark.parametrize("value, stops", [(float("nan"), True), (float("inf"), True), (1e9, False)])
+def test_a_validation_loss_stops_where_it_is_not_finite(tmp_path, value, stops):
     """Otherwise it would end hours later as a traceback: metrics.json holds no NaN."""
-    with pytest.raises(common.UserError, match="epoch 1"):
-        helpers.train_linear(
-            torch.nn.Linear(4, 2),
-            tmp_path / "training.pt",
-            evaluate=lambda model: {"val_loss": float("nan")},
-        )
+    path, evaluate = tmp_path / "model.pt", lambda model: {"val_loss": value}
+    if stops:
+        with pytest.raises(common.UserError, match="epoch 1"):
+            helpers.train_linear(path, evaluate=evaluate)
+    else:
+        assert len(helpers.train_linear(path, evaluate=evaluate)["history"]) == 2
 
 
-# ---- The awkward machine -----------------------------------------------------------------------
+def test_old_numbers_go_before_a_new_model_comes(tmp_path):
+    common.write_metrics(tmp_path, {}, {"models": {}})
+    training = {**helpers.train_linear(tmp_path / "linear.pt"), "notes": []}
+    common.save_trained(tmp_path / "model.pt", common.resnet18(10, "imagenet"), training)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+# ---- The awkward machine -------------------------------------------------------------------------
 
 
 def test_what_files_say_reaches_the_terminal_escaped(capsys):
-    name = "a\x1b[31m"
-    common.print_conditions("A title", {name: {**SOUND, "warnings": ["bad\x07"]}})
+    accuracy = dict.fromkeys(common.CONDITIONS, 0.5)
+    model = {"accuracy": accuracy, "strongest_images": 100, "warnings": ["bad\x07"]}
+    common.print_conditions("A title", {"a\x1b[31m": model})
     assert capsys.readouterr().out.replace("\n", "").isprintable()
-
-
-def test_ctrl_c_advises_a_command_for_a_shell_that_keeps_the_finished_epochs(monkeypatch, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sys.argv", ["q2_train_ce.py", "--fresh", "--results", "my res"])
-    with pytest.raises(SystemExit) as end:
-        common.run(interrupted)
-    assert end.value.code == 130
-    assert capsys.readouterr().err.endswith("python q2_train_ce.py --results 'my res'\n")
-
-
-def test_the_command_that_makes_a_file_is_quoted_and_names_data_and_seed():
-    args = helpers.tiny_args(data=Path("my data"), results=Path("my res"), seed=3)
-    expected = "--data 'my data' --results 'my res' --seed 3 --quick"
-    assert common.script_command("q3", args) == f"python q3_attack.py {expected}"
-    assert "--seed" not in common.script_command("q1", args)  # the split is seed 0's
 
 
 @helpers.posix
@@ -641,187 +588,44 @@ def test_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     assert (args.data, args.results) == (tmp_path / "cifar", tmp_path / "out")
 
 
-def test_figures_need_no_backend(tmp_path):
+def test_a_name_too_long_for_the_file_system_ends_in_a_line(error_line, tmp_path, no_network):
+    for flag in ("--data", "--results"):
+        flags = {"--data": tmp_path / "data", "--results": tmp_path / "results", flag: "x" * 300}
+        assert error_line(q1_split.main, *(word for pair in flags.items() for word in pair))
+
+
+def test_the_callers_settings_of_matplotlib_change_no_figure_and_are_not_changed(tmp_path):
+    """Those of a settings file, and those of a notebook that runs a script in its process."""
+    settings = {"text.usetex": True, "axes.facecolor": "black", "savefig.dpi": 9, "axes.grid": True}
+    lines = [f"{name}: {value}\n" for name, value in settings.items()]
+    (tmp_path / "matplotlibrc").write_text("".join(lines))
     code = (
-        "import common\n"
-        f"common.run(lambda: common.plot_lines({str(tmp_path / 'a.png')!r}, [0, 1], "
-        "{'a': [1, 2]}, 'x', 'y'))"
+        "import matplotlib, common\n"
+        "matplotlib.rcParams['font.size'] = 30\n"
+        "before = dict(matplotlib.rcParams)\n"
+        "assert before['text.usetex'] and before['savefig.dpi'] == 9\n"
+        "common.plot_lines('own.png', [0, 1], {'a': [1, 2]}, 'x', 'y')\n"
+        "assert dict(matplotlib.rcParams) == before\n"
     )
-    finished = helpers.run_code(code, MPLBACKEND="module://not_installed.backend_inline")
+    backend = "module://not_installed.inline"  # as where a notebook's kernel has left it
+    finished = helpers.run_code(code, tmp_path, MPLBACKEND=backend)
     assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    common.plot_lines(tmp_path / "plain.png", [0, 1], {"a": [1, 2]}, "x", "y")
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
-@helpers.posix
-def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeypatch):
-    original = os.open
-
-    def refuse_folders(path, *arguments, **options):
-        if Path(path).is_dir():
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return original(path, *arguments, **options)
-
-    monkeypatch.setattr(os, "open", refuse_folders)
-    common.write_file(tmp_path / "file", b"content")
-    with common.only_one(tmp_path):
-        pass
-    assert (tmp_path / "file").read_bytes() == b"content"
-
-
-@pytest.mark.parametrize("flag", ["--data", "--results"])
-def test_a_name_too_long_for_the_file_system_ends_in_a_line(error_line, tmp_path, flag):
-    flags = {"--data": tmp_path / "data", "--results": tmp_path / "results", flag: "x" * 300}
-    words = [word for pair in flags.items() for word in pair]
-    assert error_line(q1_split.main, *words)
-
-
-@pytest.mark.parametrize("value", ["9" * 200_000, "1\n2\n3", "\x1b[31m7"])
-def test_flags_of_any_kind_end_in_one_short_line_that_a_terminal_can_show(
-    error_line, tmp_path, value
-):
-    line = error_line(q1_split.main, "--results", tmp_path, "--seed", value)
-    assert "--seed" in line and len(line) < 1000 and line.isprintable()
-
-
-@helpers.posix
-def test_output_that_ends_early_ends_quietly(tmp_path):
-    code = "import common\ncommon.run(lambda: [print('x' * 1000) for _ in range(1000)])"
-    command = f'"{sys.executable}" -c "{code}" | head -n 1'
-    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert finished.stderr == "" and finished.stdout == "x" * 1000 + "\n"
-
-
-def test_output_in_ascii_shows_other_letters_as_well_as_it_can():
-    code = "import common\ncommon.run(lambda: print('\\u03b5'))"
-    finished = helpers.run_code(code, PYTHONIOENCODING="ascii")
-    assert finished.returncode == 0 and finished.stdout == "\\u03b5\n"
-
-
-@helpers.posix
-def test_two_trainings_in_one_folder_are_refused_in_a_line(tmp_path):
-    with common.only_one(tmp_path):
-        with pytest.raises(common.UserError, match="another process is training") as error:
-            helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt")
-        with common.only_one(tmp_path / "q4"):  # another question may
-            pass
-    assert one_line(error)
-    helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt")
-
-
-@helpers.posix
-def test_a_planted_link_is_neither_followed_nor_left(tmp_path):
-    (tmp_path / "victim").write_text("kept")
-    (tmp_path / f"file.{os.getpid()}.part").symlink_to(tmp_path / "victim")
-    (tmp_path / "file.1.part").write_text("of a process that was killed")
-    common.write_file(tmp_path / "file", b"content")
-    assert (tmp_path / "victim").read_text() == "kept"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "victim"]
-
-
-@helpers.posix
-@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
-def test_only_regular_files_are_read(tmp_path, kind):
-    path = tmp_path / "model.pt"
-    if kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
-    with pytest.raises(common.UserError, match="model.pt"):
-        common.load_checkpoint(path)
-
-
-def test_an_archive_that_declares_gigabytes_is_not_unpacked(tmp_path):
-    with zipfile.ZipFile(tmp_path / "split.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        for part in ("train", "val", "test"):
-            with archive.open(f"{part}.npy", "w") as member:
-                for _ in range(100):
-                    member.write(bytes(10**6))
-    with pytest.raises(common.UserError, match="more than our files ever hold"):
-        common.load_split(tmp_path / "split.npz")
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda state: state["model"]["weight"].fill_(torch.nan),
-        lambda state: state["model"].update(weight=state["model"]["weight"].to_sparse()),
-        lambda state: state["model"].update(weight=torch.zeros(()).expand(40_000, 40_000)),
-        lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)),
-        lambda state: state.update(history=[{"loss": "low"}]),
-        lambda state: state.update(history=7),
-        lambda state: state.update(history=[{"loss": float("inf")}]),
-        lambda state: state.pop("best"),
-    ],
-    ids=["nan", "sparse", "huge", "momentum", "word", "number", "infinite", "lacking"],
-)
-def test_a_state_that_is_sound_as_a_file_but_not_in_content_is_refused(tmp_path, damage):
-    path = tmp_path / "training.pt"
-    helpers.train_linear(torch.nn.Linear(4, 2), path)
-    state = torch.load(path, weights_only=True)
-    damage(state)
-    torch.save(state, path)
-    with pytest.raises(common.UserError, match="--fresh") as error:
-        helpers.train_linear(torch.nn.Linear(4, 2), path, epochs=2)
-    assert one_line(error)
-
-
-def test_a_state_of_adamw_with_moments_of_another_shape_is_refused(tmp_path):
-    path = tmp_path / "training.pt"
-    helpers.train_linear(torch.nn.Linear(4, 2), path, optimizer="adamw")
-    state = torch.load(path, weights_only=True)
-    state["optimizer"]["state"][0].update(exp_avg_sq=torch.zeros(1))
-    torch.save(state, path)
-    with pytest.raises(common.UserError, match="another shape"):
-        helpers.train_linear(torch.nn.Linear(4, 2), path, optimizer="adamw", epochs=2)
-
-
-def test_a_loss_that_is_finite_but_absurd_stops_too(tmp_path):
-    def step(model, points, labels, generator, recipe):
-        return 1e7 + model(points).sum(), torch.tensor(0)
-
-    with pytest.raises(common.UserError, match="in epoch 1, step 1"):
-        helpers.train_linear(torch.nn.Linear(4, 2), tmp_path / "training.pt", step)
-
-
-SOUND = {
-    "accuracy": dict.fromkeys(common.CONDITIONS, 0.5),
-    "strongest_images": 100,
-    "warnings": [],
-    "by_eps": {"eps": [0, 0.1], "fgm": [0.8, 0.5], "pgd": [0.8, 0.4]},
-}
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"accuracy": "high"},
-        {"accuracy": {"clean": "high"}},
-        {},
-        7,
-        {**SOUND, "accuracy": {}},
-        {**SOUND, "by_eps": {}},
-        {**SOUND, "by_eps": {**SOUND["by_eps"], "pgd": [0.8]}},
-        {**SOUND, "by_eps": {**SOUND["by_eps"], "fgm": ["high", "low"]}},
-    ],
-)
-def test_metrics_to_compare_with_are_tried_before_training(tmp_path, model):
-    metrics = {"models": {"m": model}}
-    common.write_metrics(tmp_path / "q4", {"split_sha256": "0" * 64}, {"models": {"m": SOUND}})
-    args = helpers.tiny_args(results=tmp_path)
-    assert common.measured_before(args, {"sha256": "0" * 64}) == {"m": SOUND}
-    common.write_metrics(tmp_path / "q3", {"split_sha256": "0" * 64}, metrics)
-    with pytest.raises(common.UserError, match="q3_attack.py") as error:
-        common.measured_before(helpers.tiny_args(results=tmp_path), {"sha256": "0" * 64})
-    assert one_line(error)
-
-
-def test_old_numbers_go_before_a_new_model_comes(tmp_path):
-    common.write_metrics(tmp_path, {}, {"models": {}})
-    model = common.resnet18(10, "imagenet")
-    common.save_trained(tmp_path, "model", model, [], helpers.tiny_recipe(), {})
-    assert not (tmp_path / "metrics.json").exists()
+@pytest.mark.parametrize("known", [True, False])
+def test_umaps_compiler_has_a_place_to_write_also_for_an_unknown_user(monkeypatch, tmp_path, known):
+    """As in a container, where the folder of the packages cannot be written either."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")  # so that monkeypatch puts back what there was
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    home = str(tmp_path) if known else "~"  # which expanduser leaves as it is, if HOME is unset
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) == str(tmp_path))
+    common._give_numba_a_cache()
+    assert ("NUMBA_CACHE_DIR" in os.environ) != known
+    if not known:
+        assert Path(os.environ["NUMBA_CACHE_DIR"]).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -832,50 +636,33 @@ def test_features_of_which_there_is_no_map_are_a_value_error(features):
         common.fit_umap(features, 0)
 
 
-def test_figures_of_another_run_do_not_go_into_the_report(error_line, quick_run, tmp_path):
-    results = shutil.copytree(quick_run.results, tmp_path / "results")
-    figure = results / "q2" / "figure03_accuracy.png"
-    for content in ((results / "q2" / "figure04_loss.png").read_bytes(), b""):
-        figure.write_bytes(content)
-        line = error_line(report.main, "--quick", "--results", results)
-        assert "figure03_accuracy.png" in line and "of another run" in line
-        assert "python q2_train_ce.py" in line
+@pytest.fixture
+def given_to_umap(monkeypatch):
+    """The settings that UMAP is given, which here only takes one thread more than there were."""
+    given = {}
+
+    class Noted:
+        def __init__(self, **settings):
+            given.update(settings)
+            self.embedding_ = None
+
+        def fit(self, features):
+            torch.set_num_threads(torch.get_num_threads() + 1)  # as UMAP's compiler does
+
+    monkeypatch.setattr("umap.UMAP", Noted)
+    return given
 
 
-@helpers.posix
-def test_ctrl_c_while_the_modules_load_ends_quietly():
-    command = helpers.script("q1_split.py", "--help")
-    status, seen = helpers.send_signal(command, signal.SIGINT, 0.4)
-    assert status == -signal.SIGINT and seen == ""
+@pytest.mark.parametrize("features", [torch.ones(40, 4), torch.rand(40, 4)])
+def test_each_point_of_a_map_is_its_own_nearest_also_where_all_are_equal(given_to_umap, features):
+    """Else a collapsed model has another map every time."""
+    common.fit_umap(features, 0)
+    indices, distances, _ = given_to_umap["precomputed_knn"]
+    assert indices[:, 0].tolist() == list(range(40)) and (distances[:, 0] == 0).all()
 
 
-@pytest.mark.parametrize("writable", [True, False])
-def test_umaps_compiler_has_a_place_to_write(monkeypatch, writable):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
-    monkeypatch.delenv("NUMBA_CACHE_DIR")
-    monkeypatch.setattr(os, "access", lambda path, mode: writable)
-    common._let_numba_cache()
-    assert ("NUMBA_CACHE_DIR" in os.environ) != writable
-    if not writable:
-        assert Path(os.environ["NUMBA_CACHE_DIR"]).is_dir()
-
-
-def test_a_map_leaves_torch_the_threads_it_had():
+def test_a_map_leaves_torch_the_threads_it_had(given_to_umap):
     """With more of them than processors, what follows takes ten times as long."""
-    code = (
-        "import torch, common\n"
-        "points, place = common.fit_umap(torch.rand(20, 4), 0)\n"
-        "place(torch.rand(3, 4)), print(torch.get_num_threads())"
-    )
-    finished = helpers.run_code(code, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="3")
-    assert finished.stdout == "1\n", finished.stderr
-
-
-def test_common_can_be_imported_outside_the_main_thread():
-    code = (
-        "import threading\n"
-        "thread = threading.Thread(target=lambda: print(__import__('common').CLASSES[0]))\n"
-        "thread.start(), thread.join()"
-    )
-    finished = helpers.run_code(code)
-    assert (finished.stdout, finished.stderr) == ("airplane\n", "")
+    before = torch.get_num_threads()
+    common.fit_umap(torch.rand(20, 4), 0)
+    assert torch.get_num_threads() == before

@@ -1,5 +1,6 @@
 """The network and its checkpoints, the k-NN vote, calibration and the losses."""
 
+import copy
 import math
 
 import numpy as np
@@ -59,17 +60,6 @@ def test_stems_differ_in_the_size_of_the_stages_and_not_in_the_output(stem, size
 
 
 def test_the_imagenet_stem_is_torchvisions_network_on_normalised_images():
-    from torchvision.models import resnet18
-    from torchvision.transforms.functional import normalize
-
-    ours, peer = common.resnet18(10, "imagenet").eval(), resnet18(num_classes=10).eval()
-    peer.load_state_dict(named_as_torchvision(ours.state_dict()))
-    images = torch.rand(4, 3, 32, 32)
-    expected = peer(normalize(images, common.CIFAR10_MEAN, common.CIFAR10_STD))
-    assert torch.allclose(ours(images), expected, atol=1e-4)
-
-
-def test_training_the_imagenet_stem_gives_torchvisions_loss_and_gradients():
     from torchvision.models import resnet18
     from torchvision.transforms.functional import normalize
 
@@ -139,21 +129,20 @@ def test_frozen_in_bfloat16_computes_nearly_the_same_and_takes_and_gives_float32
     assert images.grad.dtype == torch.float32 and images.grad.abs().sum() > 0
 
 
-# ---- Checkpoints -------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def test_a_loaded_checkpoint_is_the_saved_model_in_eval_mode(tmp_path):
     model, images = trained_looking("imagenet", num_outputs=128)
-    digest = common.save_checkpoint(
-        tmp_path / "model.pt", model, stem="imagenet", provenance={"question": "q6"}
-    )
-    loaded = common.load_checkpoint(tmp_path / "model.pt")
+    path, origin = tmp_path / "model.pt", {"question": "q6"}
+    digest = common.save_checkpoint(path, model, stem="imagenet", provenance=origin)
+    loaded = common.load_checkpoint(path)
     assert not loaded.training
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
-    checkpoint = common.read_checkpoint(tmp_path / "model.pt")
-    assert checkpoint["provenance"] == {"question": "q6"}
-    assert checkpoint["sha256"] == digest == common.sha256((tmp_path / "model.pt").read_bytes())
+    checkpoint = common.read_checkpoint(path)
+    assert checkpoint["provenance"] == origin
+    assert checkpoint["sha256"] == digest == common.weights_sha256(model.state_dict())
 
 
 def test_loading_a_checkpoint_draws_no_random_numbers(tmp_path):
@@ -165,49 +154,65 @@ def test_loading_a_checkpoint_draws_no_random_numbers(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_model_is_its_weights_whatever_file_holds_them(tmp_path):
+    model = common.resnet18(10, "imagenet")
+    digests = [
+        common.save_checkpoint(tmp_path / name, model, stem="imagenet", provenance=origin)
+        for name, origin in (("a.pt", {"git_commit": "x"}), ("b.pt", {"git_commit": "y"}))
+    ]
+    assert digests[0] == digests[1]
+    assert (tmp_path / "a.pt").read_bytes() != (tmp_path / "b.pt").read_bytes()
+    with torch.no_grad():
+        model.head.bias[3] += 1e-6
+    changed = common.save_checkpoint(tmp_path / "a.pt", model, stem="imagenet", provenance={})
+    assert changed != digests[0]
+    assert common.read_checkpoint(tmp_path / "a.pt")["sha256"] == changed
+
+
+def test_the_hash_of_weights_covers_names_types_and_shapes_but_no_order():
+    weights = {"a": torch.arange(4.0), "b": torch.zeros(2)}
+    digest = common.weights_sha256(weights)
+    assert digest == common.weights_sha256({"b": weights["b"], "a": weights["a"]})
+    integers = weights["a"].view(torch.int32)  # the same bytes
+    for change in ({"a": weights["a"].view(2, 2)}, {"a": integers}, {"c": torch.zeros(0)}):
+        assert digest != common.weights_sha256({**weights, **change})
+    assert digest != common.weights_sha256({"a": weights["a"], "c": weights["b"]})
+
+
+def test_a_checkpoint_that_holds_the_same_is_not_written_again(tmp_path):
+    model, path = common.resnet18(10, "imagenet"), tmp_path / "model.pt"
+
+    def saved(origin):
+        common.save_checkpoint(path, model, stem="imagenet", provenance=origin)
+        return path.stat().st_ino  # of another file, where it is written again
+
+    first = saved({"seed": 0})
+    assert saved({"seed": 0}) == first
+    other = saved({"seed": 1})
+    assert other != first and common.read_checkpoint(path)["provenance"] == {"seed": 1}
+    path.write_bytes(b"damaged")
+    saved({"seed": 1})
+    assert common.read_checkpoint(path)["provenance"] == {"seed": 1}
+
+
 def test_question_6_takes_over_a_backbone_and_keeps_its_own_first_layer_where_stems_differ(
     tmp_path,
 ):
-    (tmp_path / "other.pt").write_bytes(helpers.torch_bytes(helpers.small_checkpoint()))
-    origin = {"question": "q2", "split_sha256": "0" * 64}
-    common.save_checkpoint(
-        tmp_path / "q2" / "model.pt",
-        common.resnet18(10, "stride2"),
-        stem="stride2",
-        provenance=origin,
-    )
-    args = helpers.tiny_args(results=tmp_path, init=str(tmp_path / "other.pt"))
-    model, stem, parents = q6_angular.first_model(args, {"sha256": "0" * 64})
-    assert (stem, parents) == ("stride2", [common.sha256((tmp_path / "other.pt").read_bytes())])
-    assert (
-        model.backbone.conv1.weight.shape == (64, 3, 3, 3) and model.backbone.conv1.weight.std() > 0
-    )
+    other, origin = tmp_path / "other.pt", {"question": "q2", "split_sha256": "0" * 64}
+    other.write_bytes(helpers.torch_bytes(helpers.small_checkpoint()))
+    first = common.resnet18(10, "stride2")
+    common.save_checkpoint(tmp_path / "q2" / "model.pt", first, stem="stride2", provenance=origin)
+    args = helpers.tiny_args(results=tmp_path, init=str(other))
+    model, about, first_weights = q6_angular.first_model(args, {"sha256": "0" * 64})
+    assert about == {"stem": "stride2"}
+    assert first_weights == common.read_checkpoint(other)["sha256"]
+    stem = model.backbone.conv1.weight
+    assert stem.shape == (64, 3, 3, 3) and stem.std() > 0
     assert model.head.weight.shape == (128, 512) and model.head.weight.std() > 0
     assert all(
         (weight == 0).all()
         for name, weight in model.backbone.named_parameters()
         if name != "conv1.weight"
-    )
-
-
-def test_checkpoints_of_before_the_network_class_load(tmp_path):
-    """Their tensors have the names that a Sequential of normalize, backbone and head gives them."""
-    before = nn.Sequential()
-    before.add_module("backbone", common.resnet18(10, "stride2").backbone)
-    before.add_module("head", nn.Linear(512, 10))
-    content = {
-        "stem": "stride2",
-        "num_outputs": 10,
-        "provenance": {},
-        "weights": before.state_dict(),
-    }
-    (tmp_path / "model.pt").write_bytes(helpers.torch_bytes(content))
-    images = torch.rand(2, 3, 32, 32)
-    normalised = (images - torch.tensor(common.CIFAR10_MEAN).view(3, 1, 1)) / torch.tensor(
-        common.CIFAR10_STD
-    ).view(3, 1, 1)
-    assert torch.allclose(
-        common.load_checkpoint(tmp_path / "model.pt")(images), before.eval()(normalised), atol=1e-5
     )
 
 
@@ -241,7 +246,7 @@ def test_matrix_products_stand_where_they_pay_and_leave_the_weights_as_they_are(
 def test_the_vote_is_scikit_learns_ties_included(k):
     rng = torch.Generator().manual_seed(0)
     train, queries = (
-        torch.randn(number, 6, dtype=torch.float64, generator=rng) for number in (400, 700)
+        torch.randn(size, 6, dtype=torch.float64, generator=rng) for size in (400, 700)
     )
     labels = torch.randint(0, 5, (400,), generator=rng)
     peer = KNeighborsClassifier(k).fit(train.numpy(), labels.numpy())
@@ -249,23 +254,20 @@ def test_the_vote_is_scikit_learns_ties_included(k):
         votes = np.sort((peer.predict_proba(queries.numpy()) * k).round(), axis=1)
         assert (votes[:, -1] == votes[:, -2]).sum() > 100
     assert (
-        common.knn_predict(train, labels, queries, k).tolist()
+        q6_angular.knn_predict(train, labels, queries, k).tolist()
         == peer.predict(queries.numpy()).tolist()
     )
 
 
 @pytest.mark.parametrize("offset", [0, 1000])
 def test_neighbours_and_their_distances_are_exact_far_from_the_origin_too(offset):
-    rng = torch.Generator().manual_seed(0)
-    train, queries = (offset + torch.randn(number, 2, generator=rng) for number in (500, 1300))
-    labels = torch.randint(0, 10, (500,), generator=rng)
-    peer = KNeighborsClassifier(5).fit(train.double().numpy(), labels.numpy())
+    generator = torch.Generator().manual_seed(0)
+    train, queries = (offset + torch.randn(size, 2, generator=generator) for size in (500, 1300))
+    peer = NearestNeighbors(n_neighbors=5).fit(train.double().numpy())
     expected, nearest = peer.kneighbors(queries.double().numpy())
     distances, indices = common.nearest_neighbours(queries, 5, train)
     assert indices.tolist() == nearest.tolist()
     assert np.abs(distances.numpy() - expected).max() < 1e-3
-    votes = peer.predict(queries.double().numpy())
-    assert common.knn_predict(train, labels, queries, 5).tolist() == votes.tolist()
 
 
 def test_a_map_is_umaps_of_the_exact_neighbours_and_places_others_among_their_own(monkeypatch):
@@ -297,7 +299,7 @@ def test_a_map_is_umaps_of_the_exact_neighbours_and_places_others_among_their_ow
 @pytest.mark.parametrize("k", [0, 6])
 def test_a_vote_of_more_neighbours_than_there_are_is_refused(k):
     with pytest.raises(ValueError, match="5 training embeddings"):
-        common.knn_predict(torch.rand(5, 2), torch.arange(5), torch.rand(1, 2), k)
+        q6_angular.knn_predict(torch.rand(5, 2), torch.arange(5), torch.rand(1, 2), k)
 
 
 def test_retrieval_quality_is_what_its_definition_gives():
@@ -334,8 +336,8 @@ def test_calibration_error_is_what_a_loop_over_the_bins_gives():
     )  # the lowest bins stay empty
     correct = torch.rand(3000, generator=rng) < confidence**2
     expected = 0
-    for number in range(15):
-        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+    for position in range(15):
+        inside = (confidence > position / 15) & (confidence <= (position + 1) / 15)
         if inside.any():
             gap = (confidence[inside].mean() - correct[inside].double().mean()).abs()
             expected += inside.double().mean() * gap
@@ -344,10 +346,10 @@ def test_calibration_error_is_what_a_loop_over_the_bins_gives():
     assert expected > 0.05
 
 
-@pytest.mark.parametrize("confidence, number", [(0.0, 0), (0.5, 7), (1.0, 14)])
-def test_extreme_confidences_have_a_bin(confidence, number):
+@pytest.mark.parametrize("confidence, position", [(0.0, 0), (0.5, 7), (1.0, 14)])
+def test_extreme_confidences_have_a_bin(confidence, position):
     bins = q2_train_ce.reliability(torch.tensor([confidence]), torch.tensor([True]))
-    assert bins[:, 0].tolist() == [float(each == number) for each in range(15)]
+    assert bins[:, 0].tolist() == [float(each == position) for each in range(15)]
 
 
 # ---- Losses and schedule -----------------------------------------------------------------------
@@ -415,57 +417,35 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines
     assert [common.one_cycle(each, 0.2) for each in progress] == pytest.approx(expected.tolist())
 
 
-def test_training_is_sgd_with_nesterov_momentum_and_weight_decay_on_weights_only(tmp_path):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_training_is_pytorchs_optimizer_at_a_changing_rate_with_decay_of_weights_only(
+    tmp_path, name
+):
+    settings = {
+        "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.999)}),
+    }
     model = nn.Linear(4, 2)
-    expected = [tensor.detach().double().numpy().copy() for tensor in (model.weight, model.bias)]
-    helpers.train_linear(model, tmp_path / "training.pt", epochs=2, lr=0.5)
+    peer = copy.deepcopy(model)
+    changes = {"optimizer": name, "epochs": 2, "lr": 0.5, "weight_decay": 0.1}
+    helpers.train_linear(tmp_path / "model.pt", model, **changes)
 
-    order_of = helpers.linear_problem()[1]
-    points, labels = (tensor.numpy() for tensor in helpers.linear_problem())
-    velocity = [np.zeros_like(tensor) for tensor in expected]
-    for epoch in range(2):
-        batches = common.shuffled_batches(order_of, 4, common.generator_for(0, "epoch", epoch))
-        for step, batch in enumerate(batches):
-            weight, bias = expected
-            exponentials = np.exp(points[batch] @ weight.T + bias)
-            error = (
-                exponentials / exponentials.sum(1, keepdims=True) - np.eye(2)[labels[batch]]
-            ) / len(batch)
-            gradients = [error.T @ points[batch] + 5e-4 * weight, error.sum(0)]
-            velocity = [
-                0.9 * before + gradient
-                for before, gradient in zip(velocity, gradients, strict=True)
-            ]
-            rate = 0.5 * np.interp((3 * epoch + step) / 6, [0, 0.2, 1], [0, 1, 0])
-            expected = [
-                tensor - rate * (gradient + 0.9 * moved)
-                for tensor, gradient, moved in zip(expected, gradients, velocity, strict=True)
-            ]
-    for found, tensor in zip((model.weight, model.bias), expected, strict=True):
-        np.testing.assert_allclose(found.detach().numpy(), tensor, rtol=1e-5, atol=1e-6)
-
-
-def test_adamw_is_that_of_loshchilov_and_hutter_with_decay_of_weights_only():
-    torch.manual_seed(0)
-    model = nn.Linear(4, 2)
-    recipe = helpers.tiny_recipe(optimizer="adamw", lr=0.01, weight_decay=0.1)
-    optimizer = common.optimizer_for(model, recipe)
-    expected = [tensor.detach().double().numpy().copy() for tensor in (model.weight, model.bias)]
-    first, second = ([np.zeros_like(tensor) for tensor in expected] for _ in range(2))
-    for step in range(1, 6):
-        points = torch.randn(8, 4)
-        (model(points) ** 2).sum().backward()
-        gradients = [tensor.grad.double().numpy().copy() for tensor in (model.weight, model.bias)]
-        optimizer.step()
-        optimizer.zero_grad()
-        for number, (gradient, decay) in enumerate(zip(gradients, (0.1, 0), strict=True)):
-            first[number] = 0.9 * first[number] + 0.1 * gradient
-            second[number] = 0.999 * second[number] + 0.001 * gradient**2
-            mean, square = first[number] / (1 - 0.9**step), second[number] / (1 - 0.999**step)
-            expected[number] -= 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay * expected[number])
-    for found, tensor in zip((model.weight, model.bias), expected, strict=True):
-        np.testing.assert_allclose(found.detach().numpy(), tensor, rtol=1e-5, atol=1e-6)
+    kind, more = settings[name]
+    optimizers = [
+        kind([peer.weight], weight_decay=0.1, **more),
+        kind([peer.bias], weight_decay=0, **more),
+    ]
+    points, labels = helpers.linear_problem()
+    for step in range(6):
+        generator = common.generator_for(0, "epoch", step // 3)
+        batch = common.shuffled_batches(labels, 4, generator)[step % 3]
+        peer.zero_grad()
+        F.cross_entropy(peer(points[batch]), labels[batch]).backward()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.5 * np.interp(step / 6, [0, 0.2, 1], [0, 1, 0])
+            optimizer.step()
+    for found, expected in zip(model.parameters(), peer.parameters(), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_an_epoch_holds_every_image_at_most_once_and_only_full_batches():
@@ -522,27 +502,22 @@ def test_a_training_that_collapses_stops_and_goes_back_to_its_best_epoch(tmp_pat
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     arguments = {"evaluate": evaluate, "epochs": 9, "guard": "score"}
-    history = helpers.train_linear(model, tmp_path / "training.pt", **arguments)
+    history = helpers.train_linear(tmp_path / "model.pt", model, **arguments)["history"]
     assert [epoch["score"] for epoch in history] == [0.2, 0.4, 0.3, 0.1]
     helpers.assert_same_bits(dict(model.state_dict()), seen[1])
     assert "back to the weights of epoch 2" in capsys.readouterr().out
 
     again = nn.Linear(4, 2)  # a later call neither trains on nor forgets
-    assert helpers.train_linear(again, tmp_path / "training.pt", **arguments) == history
+    assert helpers.train_linear(tmp_path / "model.pt", again, **arguments)["history"] == history
     helpers.assert_same_bits(dict(again.state_dict()), seen[1])
 
 
 def test_question_4_notices_that_its_training_collapses(tmp_path, monkeypatch):
-    """PGD accuracy of a network that learns and then is driven apart by a rate far too large."""
     measured = iter([0.3, 0.31, 0.05])
-    monkeypatch.setattr(common, "pgd_accuracy_by_step", lambda *arguments: [next(measured)])
-    model = common.resnet18(10, "imagenet")
-    history = q4_adv_train.train_variant(
-        model,
-        q4_adv_train.step_on_attacked,
-        helpers.tiny_data(),
-        helpers.tiny_recipe(epochs=5, noise=1e-9),
-        tmp_path / "training.pt",
-        fresh=False,
-    )
-    assert len(history) == 3 and common.kept_epoch(history, q4_adv_train.GUARD) == 2
+    monkeypatch.setattr(q4_adv_train, "pgd_accuracy", lambda *arguments: next(measured))
+    model, step = common.resnet18(10, "imagenet"), q4_adv_train.step_on_perturbed
+    data, recipe = helpers.tiny_data(), helpers.tiny_recipe(epochs=5, batch_size=80)
+    path, origin = tmp_path / "perturbed.pt", helpers.tiny_origin()
+    training = q4_adv_train.train_variant(model, step, data, recipe, origin, path, fresh=False)
+    assert len(training["history"]) == 3
+    assert common.save_trained(path, model, training, q4_adv_train.GUARD)["epoch_kept"] == 2

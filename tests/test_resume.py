@@ -1,9 +1,11 @@
-"""Training that is interrupted goes on where it was and ends bit for bit where an uninterrupted one
-does."""
+"""Trainings that are interrupted, finished, changed, handed in or begun by other code.
+
+One that goes on ends bit for bit where an uninterrupted one does.
+"""
 
 import random
-import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,97 +16,72 @@ import q4_adv_train
 import q6_angular
 import tiny_training
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Results folder of the tiny training after a run without interruption."""
-    results = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["tiny_training.py", "--results", str(results)])
-        tiny_training.main()
-    return results
+STATE = "model.training.pt"
 
 
 @pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of that folder."""
-    return shutil.copytree(finished, tmp_path / "copy")
+def every_epoch(monkeypatch):
+    """The state is written after every epoch."""
+    monkeypatch.setattr(common, "STATE_EVERY", 0)
 
 
-def history_of(results):
-    return torch.load(results / "training.pt", weights_only=True)["history"]
+def history_of(state_file):
+    return torch.load(state_file, weights_only=True)["history"] if state_file.exists() else []
 
 
-@helpers.posix
-def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(finished, tmp_path):
-    rng = random.Random(0)
-    seconds = min(epoch["seconds"] for epoch in history_of(finished))
-    command = helpers.script("tests/tiny_training.py", "--results", tmp_path)
-    for _ in range(
-        3
-    ):  # each time after an epoch's line: its state is being written, or the next epoch has begun
-        status, _ = helpers.send_signal(
-            command, signal.SIGKILL, rng.uniform(0, seconds), after="epoch"
-        )
-        assert status == -signal.SIGKILL
-    status, seen = helpers.send_signal(command, 0, 0)
-    assert status == 0, seen
-    helpers.assert_same_training(tmp_path / "training.pt", finished / "training.pt")
-
-
-@helpers.posix
-def test_ctrl_c_ends_with_one_line_that_tells_how_to_go_on(tmp_path):
-    command = helpers.script("tests/tiny_training.py", "--results", tmp_path)
-    status, seen = helpers.send_signal(command, signal.SIGINT, 0.2, after="epoch")
-    lines = [line for line in seen.splitlines() if line and not line.startswith("epoch ")]
-    assert status == 130
-    assert len(lines) == 1 and lines[0].endswith(f"tests/tiny_training.py --results {tmp_path}")
-
-
-def trainings():
-    """The trainings of questions 4 and 6 as functions of the state file; that of question 2 is
-    killed above."""
-
-    def angular(state_file):
-        torch.manual_seed(0)
-        model = common.resnet18(q6_angular.EMBEDDING, "imagenet")
-        return q6_angular.train_embedding(
-            model,
-            q6_angular.training_step,
-            helpers.tiny_data(),
-            helpers.tiny_recipe(),
-            state_file,
-            fresh=False,
-        )
-
-    def adversarial(step):
-        def train(state_file):
-            torch.manual_seed(0)
-            model = common.resnet18(10, "imagenet")
-            return q4_adv_train.train_variant(
-                model, step, helpers.tiny_data(), helpers.tiny_recipe(), state_file, fresh=False
-            )
-
-        return train
-
-    return {
-        "q4 perturbed": adversarial(q4_adv_train.step_on_perturbed),
-        "q4 perturbed and attacked": adversarial(q4_adv_train.step_on_attacked),
-        "q6": angular,
-    }
-
-
-def interrupt_in_the_second_epoch(train):
+def interrupt_in_the_second_epoch(train, error=KeyboardInterrupt):
     original = common.generator_for
 
-    def interrupted(seed, stream, number=0):
-        if (stream, number) == ("epoch", 1):
-            raise KeyboardInterrupt
-        return original(seed, stream, number)
+    def interrupted(seed, stream, index=0):
+        if (stream, index) == ("epoch", 1):
+            raise error
+        return original(seed, stream, index)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
         patch.setattr(common, "generator_for", interrupted)
         train()
+
+
+# ---- Interrupted ---------------------------------------------------------------------------------
+
+
+@helpers.posix
+def test_training_killed_and_interrupted_ends_as_if_it_had_not_been(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["tiny_training.py", "--results", str(whole)])
+        tiny_training.main()
+    seconds = min(epoch["seconds"] for epoch in history_of(whole / STATE))
+    command = helpers.script("tests/tiny_training.py", "--results", stopped)
+    delay = random.Random(0).uniform(0, seconds)  # while the state is written, or thereafter
+    status, _ = helpers.send_signal(command, signal.SIGKILL, delay, after="epoch 1")
+    assert status == -signal.SIGKILL
+    status, seen = helpers.send_signal(command, signal.SIGINT, 0.1, after="epoch")
+    lines = [line for line in seen.splitlines() if line and not line.startswith("epoch ")]
+    assert status == 130 and lines[0].startswith("Going on after epoch ")
+    assert lines[1].startswith("Training goes on after its last epoch that was saved with: ")
+    assert lines[2:] == ["Interrupted"]
+    status, seen = helpers.send_signal(command, 0, 0)
+    assert status == 0 and seen.startswith("Going on after epoch "), seen
+    helpers.assert_same_training(stopped / STATE, whole / STATE)
+
+
+def test_ctrl_c_before_anything_is_saved_says_that_training_begins_again(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.argv", ["q2_train_ce.py", "--results", "res", "--fresh"])
+    interrupt_in_the_second_epoch(lambda: helpers.train_linear(tmp_path / "q2" / "model.pt"))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "begins again with: " in told and told.endswith("q2_train_ce.py --results res")
+
+
+def test_ctrl_c_without_a_training_says_only_that(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        common.run(interrupted)
+    assert end.value.code == 130 and capsys.readouterr().err.strip() == "Interrupted"
 
 
 @pytest.mark.parametrize("seconds, epochs_kept", [(0, 1), (10**6, 0)])
@@ -113,58 +90,193 @@ def test_the_state_is_written_when_so_many_seconds_have_passed(
 ):
     """Writing takes a good part of a GPU's epoch."""
     monkeypatch.setattr(common, "STATE_EVERY", seconds)
-    train = trainings()["q4 perturbed"]
-    interrupt_in_the_second_epoch(lambda: train(tmp_path / "training.pt"))
-    kept = history_of(tmp_path) if (tmp_path / "training.pt").exists() else []
-    assert len(kept) == epochs_kept
-    train(tmp_path / "training.pt")
-    assert len(history_of(tmp_path)) == 2  # after the last one it is
+    path = tmp_path / "model.pt"
+    interrupt_in_the_second_epoch(lambda: helpers.train_linear(path, epochs=3))
+    assert len(history_of(tmp_path / STATE)) == epochs_kept
+    helpers.train_linear(path, epochs=3)
+    assert len(history_of(tmp_path / STATE)) == 3  # after the last one it is
 
 
-@pytest.mark.parametrize("name", trainings())
-def test_the_other_trainings_go_on_exactly_after_an_interruption(tmp_path, monkeypatch, name):
-    train = trainings()[name]
+def adversarial_training(path):
+    torch.manual_seed(0)
+    model, data = common.resnet18(10, "imagenet"), helpers.tiny_data()
+    step, recipe, origin = (
+        q4_adv_train.step_on_attacked,
+        helpers.tiny_recipe(),
+        helpers.tiny_origin(),
+    )
+    return q4_adv_train.train_variant(model, step, data, recipe, origin, path, fresh=False)
+
+
+def angular_training(path):
+    torch.manual_seed(0)
+    model, data = common.resnet18(q6_angular.EMBEDDING, "imagenet"), helpers.tiny_data()
+    step, recipe, origin = q6_angular.training_step, helpers.tiny_recipe(), helpers.tiny_origin()
+    return q6_angular.train_embedding(model, step, data, recipe, origin, path, fresh=False)
+
+
+@pytest.mark.parametrize("train", [adversarial_training, angular_training])
+def test_the_other_trainings_go_on_exactly_after_an_interruption(tmp_path, every_epoch, train):
     whole = train(tmp_path / "whole.pt")
-    monkeypatch.setattr(common, "STATE_EVERY", 0)
     interrupt_in_the_second_epoch(lambda: train(tmp_path / "resumed.pt"))
     resumed = train(tmp_path / "resumed.pt")
+    assert helpers.without_seconds(resumed["history"]) == helpers.without_seconds(whole["history"])
+    helpers.assert_same_training(tmp_path / "resumed.training.pt", tmp_path / "whole.training.pt")
 
-    assert helpers.without_seconds(resumed) == helpers.without_seconds(whole)
-    helpers.assert_same_training(tmp_path / "resumed.pt", tmp_path / "whole.pt")
+
+# ---- Finished, or of another recipe --------------------------------------------------------------
 
 
-def test_a_finished_training_is_not_repeated(copy, monkeypatch, capsys):
-    before = (copy / "training.pt").read_bytes()
-    monkeypatch.setattr("sys.argv", ["tiny_training.py", "--results", str(copy)])
-    tiny_training.main()
-    assert (copy / "training.pt").read_bytes() == before
-    assert capsys.readouterr().err.splitlines() == [
-        f"Going on after epoch 4 from {copy / 'training.pt'}"
+def test_a_finished_training_is_not_repeated_unless_fresh(tmp_path, capsys):
+    path, state = tmp_path / "model.pt", tmp_path / STATE
+    first = helpers.train_linear(path)
+    before = state.stat().st_ino  # of another file, where it is written again
+    capsys.readouterr()
+    assert helpers.train_linear(path) == first and state.stat().st_ino == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Going on after epoch 2") and line.endswith(str(state))
+    again = helpers.train_linear(path, fresh=True)
+    assert helpers.without_seconds(again["history"]) == helpers.without_seconds(first["history"])
+    begun = [line.split()[:2] for line in capsys.readouterr().err.splitlines()]
+    assert begun == [["epoch", "1/2"], ["epoch", "2/2"]] and state.stat().st_ino != before
+
+
+@pytest.mark.parametrize("name, value", [("lr", 0.1), ("epochs", 5), ("seed", 1), ("cutout", 0)])
+def test_a_state_of_other_settings_is_refused_by_naming_them_and_stays(tmp_path, name, value):
+    path = tmp_path / "q2" / "model.pt"
+    helpers.train_linear(path)
+    before = common.state_file_of(path).read_bytes()
+    with pytest.raises(common.UserError, match="made with other settings") as error:
+        helpers.train_linear(path, **{name: value})
+    assert f"({name} {helpers.tiny_recipe()[name]!r}, now {value!r})" in str(error.value)
+    assert "start over with: " in str(error.value)
+    assert common.state_file_of(path).read_bytes() == before
+
+
+def test_another_perturbation_is_another_recipe_in_question_4(tmp_path, monkeypatch, every_epoch):
+    path, split = tmp_path / "model.pt", {"sha256": "tiny"}
+    monkeypatch.setattr("sys.argv", ["q4_adv_train.py", "--epochs", "2"])
+
+    def train():
+        args = common.parse_arguments(q4_adv_train.parser())
+        recipe = q4_adv_train.choose_recipe(args, split, {"stem": "imagenet"})
+        return helpers.train_linear(path, perturbation=recipe["perturbation"])
+
+    train()
+    monkeypatch.setitem(common.PERTURBATION, "rotation", 30.0)
+    with pytest.raises(common.UserError, match="perturbation .*'rotation': 30.0"):
+        train()
+
+
+def test_a_flag_means_the_same_number_however_it_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny_training, "RECIPES", {"imagenet": {**tiny_training.ROW, "lr": 1}})
+    recipes = [{"lr": 1.0}]
+    for words in ([], ["--lr", "1"]):
+        monkeypatch.setattr("sys.argv", ["script.py", *words])
+        args = common.parse_arguments(common.training_parser("A script.", q4_adv_train.RECIPES))
+        rows = tiny_training.RECIPES
+        recipes.append(common.choose_recipe(args, rows, "imagenet", "q2", {"sha256": "tiny"}))
+    assert len({recipe["lr"] for recipe in recipes}) == 1 and type(args.lr) is float
+
+
+@pytest.mark.parametrize("epochs, accepted", [(1, True), (2, False)])
+def test_another_pytorch_may_measure_a_training_but_not_go_on_with_it(
+    tmp_path, every_epoch, epochs, accepted
+):
+    path = tmp_path / "model.pt"
+    if accepted:
+        helpers.train_linear(path, torch="2.9.0")
+        assert helpers.train_linear(path, torch="2.10.0")["recipe"]["torch"] == "2.9.0"
+    else:
+        interrupt_in_the_second_epoch(lambda: helpers.train_linear(path, torch="2.9.0"))
+        with pytest.raises(common.UserError, match="torch '2.9.0', now '2.10.0'"):
+            helpers.train_linear(path, torch="2.10.0")
+
+
+def test_the_build_of_pytorch_is_no_part_of_a_recipe(monkeypatch):
+    recipes = []
+    for version in ("2.9.0+cpu", "2.9.0+cu130", "2.9.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        rows, args = q6_angular.RECIPES, helpers.tiny_args()
+        recipes.append(common.choose_recipe(args, rows, "cifar", "q6", {"sha256": "tiny"}))
+    assert recipes[0] == recipes[1] == recipes[2]
+
+
+# ---- A model without state, a state of other code ------------------------------------------------
+
+
+def test_a_model_without_state_is_not_replaced_unless_fresh(tmp_path):
+    path = tmp_path / "q2" / "model.pt"
+    common.write_file(path, b"handed in")
+    with pytest.raises(common.UserError, match="without the state of its training"):
+        helpers.train_linear(path)
+    assert [(file.name, file.read_bytes()) for file in path.parent.iterdir()] == [
+        ("model.pt", b"handed in")
     ]
+    assert len(helpers.train_linear(path, fresh=True)["history"]) == 2
+
+
+@pytest.mark.parametrize("epochs_left", [0, 1])
+def test_a_training_of_other_code_goes_on_and_says_so(tmp_path, every_epoch, capsys, epochs_left):
+    path = tmp_path / "model.pt"
+    before = helpers.tiny_origin(code_sha256="1" * 64, git_commit="before")
+
+    def train(origin):
+        return helpers.train_linear(path, origin=origin)
+
+    if epochs_left:
+        interrupt_in_the_second_epoch(lambda: train(before))
+    else:
+        train(before)
+    capsys.readouterr()
+    training = train(helpers.tiny_origin(git_commit="now"))
+    (note,) = training["notes"]
+    assert "was trained by other code than today's" in note
+    assert common.one_line(note) in capsys.readouterr().err.splitlines()
+    assert training["origin"] == before and len(training["history"]) == 2
+    made = common.save_trained(path, common.resnet18(10, "imagenet"), training)
+    assert made["notes"] == [note] and made["git_commit"] == "before"
+    assert made["code_sha256"] == "1" * 64
+    assert train(before)["notes"] == []
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """Function that writes common.py's text and a script's, and returns common.code_sha256."""
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+
+    def digest(shared, own):
+        (tmp_path / "common.py").write_text(shared)
+        (tmp_path / "q2_train_ce.py").write_text(own)
+        return common.code_sha256("q2_train_ce.py")
+
+    return digest
+
+
+SHARED = '"""Shared."""\n\nRATE = 0.1\n\n\ndef f(x):\n    """Doc."""\n    return x + RATE\n'
+OWN = "import common\n\nprint(common.f(1))\n"
+
+
+def test_comments_docstrings_and_layout_are_no_change_of_code(code):
+    before = code(SHARED, OWN)
+    assert before == code(SHARED.replace("Doc.", "Other words."), OWN)
+    assert before == code(SHARED.replace("0.1", "0.1  # a rate"), "# first\n" + OWN)
+    assert before == code(SHARED.replace("(x):", "(\n    x,\n):").replace("Shared", "All"), OWN)
+    assert before == code(SHARED.replace('    """Doc."""\n', ""), OWN)
 
 
 @pytest.mark.parametrize(
-    "flags, named",
+    "shared, own",
     [
-        (["--lr", "0.1"], "lr 0.05, now 0.1"),
-        (["--epochs", "5"], "epochs 4, now 5"),
-        (["--seed", "1"], "seed 0, now 1"),
-        (["--stem", "stride2"], "stem 'imagenet', now 'stride2'"),
+        (SHARED.replace("0.1", "0.2"), OWN),
+        (SHARED, OWN.replace("f(1)", "f(2)")),
+        (SHARED.replace("x + RATE", "x - RATE"), OWN),
     ],
+    ids=["a constant", "the script", "an operator"],
 )
-def test_a_training_with_other_settings_is_refused_by_naming_them(copy, error_line, flags, named):
-    line = error_line(tiny_training.main, "--results", copy, *flags)
-    assert named in line and "--fresh" in line
-    assert line.count(", now ") == 1
+def test_a_changed_value_or_operator_is_a_change_of_code(code, shared, own):
+    assert code(shared, own) != code(SHARED, OWN)
 
 
-def test_fresh_starts_over(copy, finished, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["tiny_training.py", "--results", str(copy), "--fresh"])
-    tiny_training.main()
-    assert [line[:9] for line in capsys.readouterr().err.splitlines()] == [
-        "epoch 1/4",
-        "epoch 2/4",
-        "epoch 3/4",
-        "epoch 4/4",
-    ]
-    helpers.assert_same_training(copy / "training.pt", finished / "training.pt")
+def test_the_state_of_a_training_stands_beside_its_model():
+    assert common.state_file_of(Path("q4/perturbed.pt")) == Path("q4/perturbed.training.pt")
