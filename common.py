@@ -3,9 +3,9 @@
     Question 1    the images of CIFAR-10 and their split; random numbers
     Question 2    ResNet-18, evaluation, training, maps and other figures
     Question 3    the perturbation, attacks, accuracy under them
-    Housekeeping  command line, files, checkpoints, metrics, tables: changes no number
+    Housekeeping  command line and recipe, files, checkpoints, metrics, tables
 
-A name means the same everywhere:
+Unless something else is said:
 
     images     float32 N x 3 x 32 x 32 in [0, 1], unless uint8 is said; the network normalises
                inside, so that an attack's epsilon is in pixel units
@@ -16,8 +16,8 @@ A name means the same everywhere:
     decide     decide(model(images)): int64 N, the classes that count
     right      bool N: which images are classified correctly
 
-Slow imports (torchvision, matplotlib, umap) stand in the functions that need them: `--help` is
-instant.
+Slow imports (torchvision, matplotlib, umap) stand in the functions that need them, so that `--help`
+waits for torch alone.
 """
 
 import argparse
@@ -98,8 +98,8 @@ def load_split(path):
             and [type(value) for value in how.values()] == [str, int, bool]
         ):
             raise ValueError("no split into disjoint parts of CIFAR-10")
-    drawn = "{protocol} {seed} {quick}".format(**how)
-    digest = sha256(*(part.tobytes() for part in parts.values()), drawn.encode())
+    drawn = [*how.values(), *map(len, parts.values())]
+    digest = sha256(*(part.tobytes() for part in parts.values()), repr(drawn).encode())
     tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
     return {**tensors, **how, "sha256": digest}
 
@@ -142,7 +142,7 @@ def _refuse_integers(images):
 
 
 def _refuse_outside(images):
-    """The same, and for values outside [0, 1]: not in training, since a GPU is waited for here."""
+    """The same, and for values outside [0, 1]. Not for training: it makes a GPU wait."""
     _refuse_integers(images)
     if not ((images >= 0) & (images <= 1)).all():
         raise ValueError("images have values outside [0, 1]")
@@ -232,7 +232,7 @@ def with_matrix_products(backbone, stem):
         for name in ("conv1", "conv2"):
             conv = getattr(block, name)
             shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
-            product = Conv3x3(*shape, padding=1, bias=False, device="meta")  # draws no numbers
+            product = Conv3x3(*shape, padding=1, bias=False, device="meta")  # no random weights
             product.weight = conv.weight
             setattr(block, name, product)
 
@@ -240,7 +240,7 @@ def with_matrix_products(backbone, stem):
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1 or 2 and padding 1 as a matrix product: small maps on a CPU.
 
-    The same function of the same weights. Where one pixel comes out, the weights that would meet
+    The same function of the same weights. For an output of 1 x 1, the weights that would meet
     only padding are left out. Where 2 x 2 come out, training goes by im2col: without AVX-512,
     PyTorch's library takes the weights' gradient image by image, slow where images are small.
     """
@@ -284,7 +284,7 @@ def frozen(model, precision="float32"):
 
 # ---- Question 2: evaluation ---------------------------------------------------------------------
 
-EVALUATION_BATCH = 250  # fits a processor's cache better than more, and its memory
+EVALUATION_BATCH = 250  # a larger one fits a processor's cache and memory less well
 GPU_BATCH = 1_000  # so that a GPU has enough to do
 
 
@@ -400,10 +400,10 @@ def train(model, data, step, batches, evaluate, recipe, origin, path, fresh=Fals
     uninterrupted one does (on the CPU): an epoch's random numbers come from the seed and the epoch
     alone.
 
-    Returns a dict: `recipe` and `origin` of the training, also if it was an earlier call that began
-    it; `history`, one dict per epoch (loss, accuracy, seconds and what `evaluate` gave); `notes`, a
-    list of sentences. Raises UserError for a state of another recipe, for a model without state,
-    and for a loss that explodes.
+    Returns a dict: `recipe` and `origin` as they were when the training began; `history`, one dict
+    per epoch (loss, accuracy, seconds and what `evaluate` gave); `epoch_kept` (see kept_epoch);
+    `notes`, a list of sentences. Raises UserError for a state of another recipe, for a model
+    without state, and for a loss that explodes.
     """
     model.precision = recipe["precision"]
     optimizer = optimizer_for(model, recipe)
@@ -414,13 +414,13 @@ def train(model, data, step, batches, evaluate, recipe, origin, path, fresh=Fals
     with _telling_how_to_go_on(path):
         while not _ended(history, recipe, guard):
             epoch, started = len(history), time.perf_counter()
-            losses, right = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
+            losses, correct = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
             seconds = time.perf_counter() - started
-            scores = {"loss": losses.mean().item(), "accuracy": right, "seconds": seconds}
+            scores = {"loss": losses.mean().item(), "accuracy": correct, "seconds": seconds}
             scores |= evaluate(model)
             _refuse_explosion(losses, scores, history, recipe)
             history.append(scores)
-            if guard and scores[guard] == max(epoch[guard] for epoch in history):
+            if guard and scores[guard] == max(each[guard] for each in history):
                 state["best"] = copy.deepcopy(model.state_dict())
             if _ended(history, recipe, guard) or time.perf_counter() - written >= STATE_EVERY:
                 parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -433,7 +433,8 @@ def train(model, data, step, batches, evaluate, recipe, origin, path, fresh=Fals
         print(f"{guard} collapsed in epoch {len(history)}: back to the weights of epoch {kept}")
     model.eval()
     notes = _notes_on_code(path, state["origin"], origin)
-    return {**{key: state[key] for key in ("recipe", "origin", "history")}, "notes": notes}
+    made = {key: state[key] for key in ("recipe", "origin", "history")}
+    return {**made, "epoch_kept": kept, "notes": notes}
 
 
 def state_file_of(path):
@@ -464,7 +465,7 @@ def _resumed(path, model, optimizer, new, guard):
 
 
 def _refuse_other_recipe(file, state, recipe, guard):
-    """Raise UserError for a state of another recipe; a finished one may be of any PyTorch."""
+    """Raise UserError if the recipe differs; once training has ended, PyTorch's version may."""
     before = state["recipe"]
     if _ended(state["history"], recipe, guard):
         before = {**before, "torch": recipe["torch"]}
@@ -481,7 +482,7 @@ def _refuse_other_recipe(file, state, recipe, guard):
 
 
 def _notes_on_code(path, before, now):
-    """Where a training was begun by other code than today's: a sentence, which is printed, too."""
+    """If the code has changed since training began: print a sentence, and return it in a list."""
     if before["code_sha256"] == now["code_sha256"]:
         return []
     note = (
@@ -520,7 +521,7 @@ def _ended(history, recipe, guard):
 def kept_epoch(history, guard):
     """Which epoch's weights training ends with, counted from 1: the last, or the best by `guard`.
 
-    The best, where the guarded score has fallen below half of its best, and that was above a tenth.
+    The best, if the last score is below half of the best score, and that is above 0.1.
     """
     scores = [epoch[guard] for epoch in history] if guard else []
     if scores and max(scores) > 0.1 and scores[-1] < max(scores) / 2:
@@ -540,13 +541,13 @@ def train_epoch(model, optimizer, data, step, batches, recipe, epoch):
         for group in optimizer.param_groups:
             group["lr"] = recipe["lr"] * one_cycle(progress, recipe["warmup"])
         batch = send(batch, images.device)
-        loss, right = step(model, images[batch], labels[batch], generator, recipe)
+        loss, hits = step(model, images[batch], labels[batch], generator, recipe)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         # Tensors are collected, not numbers: reading one would make a GPU wait at every step.
         losses.append(loss.detach())
-        correct, seen = correct + right, seen + len(batch)
+        correct, seen = correct + hits, seen + len(batch)
     return torch.stack(losses).cpu(), float(correct) / seen
 
 
@@ -646,7 +647,7 @@ class _ExactSearch:
 
 def nearest_neighbours(queries, k, reference):
     """Exact Euclidean k-NN, nearest first: distances N x k and indices N x k into `reference`."""
-    centre = reference.mean(0)  # far from the origin, the squares below would swamp the distances
+    centre = reference.mean(0)  # far from zero, the squares below would swamp the distances
     reference = reference - centre
     lengths, found = reference.square().sum(1), []
     for batch in (queries - centre).split(SEARCH_BATCH):
@@ -832,11 +833,11 @@ def set_to_full(images, channels, pixels):
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}  # the usual threat models (RobustBench, Croce et al. 2021)
 PGD_STEPS = 20
-PGD_STEP_SIZE = 2 / 255  # for eps = 8/255; a quarter of any other eps
+PGD_STEP_SIZE = 2 / 255  # for eps = 8/255; on the curves a quarter of each eps
 
 
 def summed_cross_entropy(logits, labels):
-    """The loss that attacks on a classifier raise. Summed: no gradient depends on the batch."""
+    """The loss that attacks on a classifier raise. A sum: no gradient depends on the batch."""
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
@@ -923,8 +924,9 @@ def _refuse_misuse(model, images, labels, eps, norm):
 
 def input_gradient(model, images, labels, loss=summed_cross_entropy):
     """model(images), and the loss's gradient at the images alone: the weights' are not computed."""
-    with torch.enable_grad():
-        images = images.detach().requires_grad_()
+    # A caller's inference_mode would otherwise forbid gradients, also those of the tensors it made.
+    with torch.inference_mode(False), torch.enable_grad():
+        images, labels = images.detach().clone().requires_grad_(), labels.clone()
         output = model(images)
         return output.detach(), torch.autograd.grad(loss(output, labels), images)[0]
 
@@ -1047,9 +1049,9 @@ def attacks_on(model, images, labels, loss, decide):
 def right_under_strongest(model, images, labels, survivors, losses, decide):
     """Which of the first images PGD in L-infinity at EPSILON fools on none of the losses: bool.
 
-    survivors: which of them an attack before has left; each loss attacks what the ones before it
-    have left. Cross-entropy alone overstates: its gradient vanishes where the model is sure, that
-    of a margin does not (Carlini & Wagner 2017).
+    survivors: which of them are still right; each loss attacks those that the ones before it left.
+    Cross-entropy alone overstates accuracy: its gradient vanishes where the model is sure, that of
+    a margin does not (Carlini & Wagner 2017).
     """
     survivors = survivors.clone()
     for loss in losses:
@@ -1085,9 +1087,9 @@ def accuracy_by_epsilon(right, under_fgm, fooled_after):
 def attack_checks(model, exact, images, labels, right, fooled_after, seed, loss, decide):
     """What tells whether an attack is flawed, on the first CHECKED_IMAGES images: accuracies.
 
-    Under noise of FGM's size, under PGD with eps = 1, and under FGM and PGD, as measured and in
-    float32. exact: the model in float32, or the model itself where that is what was measured.
-    right: as `robustness` returns it; fooled_after: of attacks_on.
+    Under noise of FGM's size; under PGD with eps = 1; under FGM and PGD, as measured and in
+    float32. exact: the model in float32; the model itself if that is float32 already. right: as
+    `robustness` returns it; fooled_after: of attacks_on.
     """
     images, labels = images[:CHECKED_IMAGES], labels[:CHECKED_IMAGES]
     noisy = random_noise(images, EPSILON["linf"], generator_for(seed, "noise"))
@@ -1178,7 +1180,7 @@ def plot_examples(
                     axes.set_title(CLASSES[predicted], fontsize=8, color=colour)
 
 
-# ==== Housekeeping: nothing below changes a number ===============================================
+# ==== Housekeeping ================================================================================
 
 
 class UserError(Exception):
@@ -1197,7 +1199,9 @@ def run(main):
             "or give --device cpu"
         )
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not any(
+            words in str(error) for words in ("allocate memory", "not enough memory")
+        ):
             raise
         stop("the main memory is full; close other programs (README says how much is needed)")
     except KeyboardInterrupt:
@@ -1347,7 +1351,7 @@ def choose_recipe(args, recipes, stem, question, split, **constants):
         **constants,
         **machine,
         "split_sha256": split["sha256"],
-        "torch": torch.__version__.partition("+")[0],  # without its build, such as +cpu
+        "torch": str(torch.__version__).partition("+")[0],  # without its build, such as +cpu
     }
 
 
@@ -1489,6 +1493,8 @@ def opened(path):
         raise UserError(
             f"cannot read {path}: {error.strerror}; make it with: {command_for(path)}"
         ) from error
+    except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the file
+        raise
     except DAMAGE as error:
         reason = one_line(f"{type(error).__name__}: {error}", 200)
         raise UserError(
@@ -1548,7 +1554,7 @@ def save_checkpoint(path, model, *, stem, provenance):
     return digest
 
 
-def save_trained(path, model, training, guard=None):
+def save_trained(path, model, training):
     """Write a trained model's checkpoint; returns what metrics.json says of how it was made.
 
     training: what `train` returns. The numbers of an older model go first, so that they never stand
@@ -1563,7 +1569,7 @@ def save_trained(path, model, training, guard=None):
         "sha256": digest,
         "recipe": recipe,
         "history": history,
-        "epoch_kept": kept_epoch(history, guard),
+        "epoch_kept": training["epoch_kept"],
         "training_seconds": round(sum(epoch["seconds"] for epoch in history), 2),
         **{key: training["origin"][key] for key in ("git_commit", "code_sha256")},
         "notes": training["notes"],
@@ -1685,7 +1691,7 @@ def code_sha256(script):
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
             if isinstance(node, documented) and ast.get_docstring(node) is not None:
                 del node.body[0]
-        trees.append(ast.dump(tree).encode())
+        trees.append(ast.unparse(tree).encode())
     return sha256(*trees)
 
 

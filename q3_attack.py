@@ -3,9 +3,10 @@
 Perturbation: colour jitter, rotation of at most 5 degrees and ten pixels with one channel at full;
 every image draws its own values, and the seed makes them the same images in every question. Attack:
 the Fast Gradient Method in pixel space, with epsilon 8/255 in L-infinity and 0.5 in L2. PGD with 20
-steps is the check that FGM's number is not an artefact of masked gradients.
+steps is the check that accuracy under FGM is not an artefact of masked gradients.
 
-The attack called strongest raises the margin of the best wrong class where cross-entropy fails.
+The attack called strongest: images that PGD on cross-entropy does not fool are attacked by PGD on
+the margin, the best wrong class's score minus the right one's. Of 2,000 images.
 
 Reads   results/q1/split.npz, results/q2/model.pt, CIFAR-10
 Writes  results/q3: figure07_examples.png, figure08_umap.png, curves over epsilon and over PGD's
@@ -52,7 +53,7 @@ def main():
 
 
 def accuracy_by_part(model, images, labels, seed):
-    """Accuracy under each part of the perturbation alone, with the values that the mixture has.
+    """Accuracy under each part of the perturbation alone, with the full perturbation's values.
 
     images uint8. Returns a dict from part to a share.
     """

@@ -30,12 +30,12 @@ RECIPES = {  # searched on validation: docs/recipes.md. Both models share all bu
     # lr: of the model trained with FGM; lr_perturbed: of the one without; noise: in epsilons
     "imagenet": {"epochs": 16, "batch_size": 64, "lr": 0.1, "lr_perturbed": 0.1, "noise": 2.0},
     "stride2": {"epochs": 16, "batch_size": 64, "lr": 0.1, "lr_perturbed": 0.1, "noise": 2.0},
-    # Weights from 150 epochs bear less: a higher rate undoes them, and 2 epsilons overfit.
+    # After 150 epochs a higher rate destroys the weights, and noise of 2 epsilons overfits.
     "cifar": {"epochs": 16, "batch_size": 64, "lr": 0.1, "lr_perturbed": 0.005, "noise": 4.0},
 }
 LABEL_SMOOTHING = 0.1
 PGD_IMAGES = 250  # the first validation images, attacked after every epoch
-GUARD = "val_pgd"  # accuracy on them, at whose collapse training stops
+GUARD = "val_pgd"  # accuracy on them, at whose collapse training with FGM stops
 
 
 def main():
@@ -46,17 +46,17 @@ def main():
     origin = common.provenance(args, "q4", split, seed=args.seed, init=args.init, **about)
     recipe = choose_recipe(args, split, about)
 
-    networks, models, rights = {}, {}, {}
-    for title, (name, step, own_recipe) in variants(recipe).items():
+    trainings, networks, models, rights = variants(recipe), {}, {}, {}
+    for title, (name, step, own_recipe) in trainings.items():
         path, networks[title] = folder / f"{name}.pt", copy.deepcopy(first)
         training = train_variant(networks[title], step, data, own_recipe, origin, path, args.fresh)
-        models[title] = common.save_trained(path, networks[title], training, GUARD)
-        draw_curves(folder, name, training["history"])
+        models[title] = common.save_trained(path, networks[title], training)
+        draw_curves(folder, name, training)
     images, labels = common.as_float(data["test"][0]), data["test"][1]
     perturbed = {
         part: common.perturbed_images(data[part][0], part, args.seed) for part in ("train", "test")
     }
-    for title, (name, *_) in variants(recipe).items():
+    for title, (name, *_) in trainings.items():
         with common.timed(seconds, f"attack {name}"):
             measured, rights[title], _ = common.robustness(
                 networks[title], images, perturbed["test"], labels, args.seed, args.precision
@@ -98,10 +98,10 @@ def parser():
 
 
 def first_model(args, split):
-    """The model that training starts from, and what tells where it comes from.
+    """The model to start from, and a dict that says where it comes from.
 
-    The second is a dict: `stem`, which is that of question 2's model, so that all can be compared,
-    and for its weights `q2_sha256`.
+    That holds `stem`, which is that of question 2's model, so that all can be compared, and
+    `q2_sha256` if the weights are that model's.
     """
     checkpoint = common.require_model(args, split)
     stem = checkpoint["stem"]
@@ -112,7 +112,7 @@ def first_model(args, split):
 
 
 def choose_recipe(args, split, about):
-    """What both trainings share, with what is one's own: see `variants`."""
+    """The settings of both trainings in one dict, which `variants` splits."""
     constants = {
         "label_smoothing": LABEL_SMOOTHING,
         "eps": common.EPSILON["linf"],
@@ -144,8 +144,8 @@ def train_variant(model, step, data, recipe, origin, path, fresh):
     """Train the model in place on what `step` makes of the images; returns common.train's dict.
 
     After each epoch it is scored on perturbed validation images, the first of them under PGD too.
-    Where that score collapses, training stops and its best epoch's weights come back: an epoch
-    chosen on validation.
+    Where that score collapses in training with FGM, training stops and its best epoch's weights
+    come back: an epoch chosen on validation.
     """
     images, labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
     images = common.perturbed_images(images, "val", recipe["seed"])
@@ -165,7 +165,7 @@ def train_variant(model, step, data, recipe, origin, path, fresh):
         origin,
         path,
         fresh,
-        GUARD,
+        GUARD if "eps" in recipe else None,
     )
 
 
@@ -196,8 +196,7 @@ def perturbed_versions(images, generator):
 def n_fgsm(model, images, labels, eps, noise, generator):
     """Images under N-FGSM (de Jorge et al. 2022, algorithm 1).
 
-    Noise uniform within `noise` times eps, one FGM step of eps from there; neither is projected
-    back.
+    Uniform noise of up to `noise` times eps, then one FGM step of eps; clipped to [0, 1] only.
     """
     start = torch.empty(images.shape).uniform_(-noise * eps, noise * eps, generator=generator)
     noisy = (images + common.send(start, images.device)).clamp(0, 1)
@@ -208,9 +207,9 @@ def n_fgsm(model, images, labels, eps, noise, generator):
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def draw_curves(folder, name, history):
+def draw_curves(folder, name, training):
     """Figures 9 and 10: accuracy, with PGD-20's, and loss per epoch."""
-    kept = common.kept_epoch(history, GUARD)
+    history, kept = training["history"], training["epoch_kept"]
     xlabel = "epoch" if kept == len(history) else f"epoch; the weights are those of epoch {kept}"
     accuracies = {
         "accuracy": "train, as trained on",

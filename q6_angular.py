@@ -115,11 +115,11 @@ def choose_recipe(args, split, stem, first_weights):
 
 
 def first_model(args, split):
-    """The model to train, what tells where it comes from, and its first weights' SHA-256 or None.
+    """The model to train, a dict that says where it comes from, and its first weights' SHA-256.
 
-    The second is a dict: `stem`, which is that of question 2's model, so that all can be compared,
+    The dict holds `stem`, which is that of question 2's model, so that all can be compared,
     and `q2_sha256` where the weights are that model's. A backbone of another stem leaves the first
-    layer random. The third is None for weights that are no checkpoint's.
+    layer random. The third is None with imagenet and scratch.
     """
     checkpoint = common.require_model(args, split)
     about = {"stem": checkpoint["stem"]}
@@ -133,7 +133,7 @@ def first_model(args, split):
         if args.init == "q2":
             about["q2_sha256"] = checkpoint["sha256"]
         else:
-            checkpoint = common.read_checkpoint(Path(args.init), split)
+            checkpoint = common.read_checkpoint(Path(args.init).expanduser(), split)
         weights, first_weights = checkpoint["model"].backbone.state_dict(), checkpoint["sha256"]
     if weights["conv1.weight"].shape != model.backbone.conv1.weight.shape:
         weights["conv1.weight"] = model.backbone.conv1.weight.detach()
@@ -198,7 +198,7 @@ def training_step(model, images, labels, generator, recipe):
 
 
 def loss_and_correct(model, images, labels, recipe):
-    """The same of images as they are, float32."""
+    """The same for float32 images, unchanged."""
     embeddings = F.normalize(model(images))
     loss = angular_loss(embeddings, labels, recipe["alpha"])
     return loss, nearest_is_same_class(embeddings.detach(), labels)
@@ -212,10 +212,10 @@ def angular_loss(embeddings, labels, alpha):
 
 
 def class_balanced_batches(labels, batch_size, generator):
-    """An epoch of batches with as many images of each class; every image comes once, if it can.
+    """An epoch of batches with as many images of each class; an image comes once or not at all.
 
-    The library's MPerClassSampler draws from a global and carries over what is left of an epoch,
-    so that a resumed training could not end as an uninterrupted one. Raises UserError for a batch
+    The library's MPerClassSampler draws from a global generator and keeps state between epochs, so
+    that a resumed training would end differently. Raises UserError for a batch
     size that is no multiple of the number of classes, is without pairs, or exceeds the images.
     """
     classes = len(common.CLASSES)
@@ -275,12 +275,14 @@ def measured_votes(untrained, trained, train, test, data):
 
     untrained, trained: `frozen` models; train, test: the second's embeddings.
     """
+    train_labels, (val_images, val_labels) = data["train"][1], data["val"]
+    val = embed(trained, common.as_float(val_images))
     return {
         "val": {
-            "accuracy": validation_accuracy(trained, data),
+            "accuracy": common.accuracy(vote(train, train_labels, val), val_labels),
             "accuracy_before_training": validation_accuracy(untrained, data),
         },
-        "retrieval": retrieval_quality(train, data["train"][1], test, data["test"][1]),
+        "retrieval": retrieval_quality(train, train_labels, test, data["test"][1]),
         "neighbours": NEIGHBOURS,
     }
 

@@ -512,12 +512,16 @@ def test_a_training_that_collapses_stops_and_goes_back_to_its_best_epoch(tmp_pat
     helpers.assert_same_bits(dict(again.state_dict()), seen[1])
 
 
-def test_question_4_notices_that_its_training_collapses(tmp_path, monkeypatch):
-    measured = iter([0.3, 0.31, 0.05])
+@pytest.mark.parametrize("under_fgm, epochs, kept", [(True, 3, 2), (False, 4, 4)])
+def test_question_4_stops_where_training_with_fgm_collapses_and_only_there(
+    tmp_path, monkeypatch, under_fgm, epochs, kept
+):
+    measured = iter([0.3, 0.31, 0.05, 0.05])
     monkeypatch.setattr(q4_adv_train, "pgd_accuracy", lambda *arguments: next(measured))
     model, step = common.resnet18(10, "imagenet"), q4_adv_train.step_on_perturbed
-    data, recipe = helpers.tiny_data(), helpers.tiny_recipe(epochs=5, batch_size=80)
+    data, recipe = helpers.tiny_data(), helpers.tiny_recipe(epochs=4, batch_size=80)
+    if not under_fgm:
+        recipe.pop("eps")
     path, origin = tmp_path / "perturbed.pt", helpers.tiny_origin()
     training = q4_adv_train.train_variant(model, step, data, recipe, origin, path, fresh=False)
-    assert len(training["history"]) == 3
-    assert common.save_trained(path, model, training, q4_adv_train.GUARD)["epoch_kept"] == 2
+    assert (len(training["history"]), training["epoch_kept"]) == (epochs, kept)

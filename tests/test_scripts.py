@@ -259,14 +259,16 @@ def test_a_quick_run_has_few_epochs_unless_a_flag_says_more(monkeypatch):
         assert recipe["epochs"] == epochs
 
 
-def test_adamw_brings_its_batch_size_rate_and_decay_which_flags_override(monkeypatch):
-    rows = q2_train_ce.recipes_with("adamw")
-    for words, rate in ([], q2_train_ce.ADAMW["lr"]), (["--lr", "0.02"], 0.02):
-        monkeypatch.setattr("sys.argv", ["script.py", *words])
-        args = common.parse_arguments(q2_train_ce.parser())
-        for stem, row in q2_train_ce.RECIPES.items():
-            recipe = common.choose_recipe(args, rows, stem, "q2", {"sha256": "tiny"})
-            assert recipe.items() >= {**row, **q2_train_ce.ADAMW, "lr": rate}.items()
+@pytest.mark.parametrize("words, changes", [([], {}), (["--lr", "0.02"], {"lr": 0.02})])
+def test_adamw_brings_its_batch_size_rate_and_decay_which_flags_override(
+    monkeypatch, words, changes
+):
+    monkeypatch.setattr("sys.argv", ["script.py", "--optimizer", "adamw", *words])
+    args = common.parse_arguments(q2_train_ce.parser())
+    rows = q2_train_ce.recipes_with(args.optimizer)
+    for stem, row in q2_train_ce.RECIPES.items():
+        recipe = common.choose_recipe(args, rows, stem, "q2", {"sha256": "tiny"})
+        assert recipe.items() >= {**row, **q2_train_ce.ADAMW, **changes}.items()
     assert q2_train_ce.recipes_with("sgd") == q2_train_ce.RECIPES
 
 

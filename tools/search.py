@@ -1,7 +1,7 @@
 """Variants of the recipes of questions 2 and 4, each trained once and measured on validation.
 
-Made for a GPU, where a variant of `cifar` should take minutes. Of each variant two models are measured:
-the last, and the mean of the weights of the last fifth of the epochs, with its batch-norm
+Made for a GPU, where a variant of `cifar` should take minutes. Of each variant two models are
+measured: the last, and the mean of the weights of the last fifth of the epochs, with its batch-norm
 statistics made anew. A variant that has its rows is not trained again. Question 4's variants are of
 the model that is trained with FGM. Several searches can share a GPU, each with its own --results.
 
