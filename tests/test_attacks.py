@@ -208,7 +208,7 @@ MISUSES = {  # changes of a sound call, and what the error says
     "bytes": (lambda given: {"images": (255 * given["images"]).byte()}, "as_float"),
     "0 to 255": (lambda given: {"images": 255 * given["images"]}, "outside"),
     "below 0": (lambda given: {"images": given["images"] - 0.01}, "outside"),
-    "not a number": (lambda given: {"images": given["images"] / 0}, "outside"),
+    "not a number": (lambda given: {"images": math.nan * given["images"]}, "outside"),
     "no labels": (lambda given: {"labels": given["labels"][:0]}, "200 images, but 0 labels"),
     "few labels": (lambda given: {"labels": given["labels"][:1]}, "200 images, but 1 labels"),
     "many labels": (lambda given: {"labels": torch.zeros(201).long()}, "but 201 labels"),
@@ -303,19 +303,35 @@ def test_robustness_has_each_condition_as_its_name_says(measured, network):
     assert found["strongest_images"] == 60
 
 
-def test_robustness_has_pgds_accuracy_after_every_step_and_over_epsilon(measured, network):
-    (images, _, labels), (found, *_) = measured
+def test_the_curves_are_over_pgds_steps_and_over_epsilon_on_the_first_images(measured, network):
+    (images, _, labels), (found, right, _) = measured
     _, after = common.pgd(network, images, labels, EPS, STEP_SIZE, STEPS)
     by_step = [(after > steps).float().mean().item() for steps in range(STEPS + 1)]
     assert found["pgd_by_step"] == pytest.approx(by_step)
-    images, labels, curve = images[:60], labels[:60], found["by_eps"]
-    assert [round(255 * eps) for eps in curve["eps"]] == [0, 2, 4, 8, 12, 16]
-    for eps, fgm, pgd in zip(curve["eps"], curve["fgm"], curve["pgd"], strict=True):
-        under_fgm = right_under(common.fgm, network, images, labels, eps)
-        _, after = common.pgd(network, images, labels, eps, eps / 4, STEPS)
-        assert fgm == pytest.approx(under_fgm.float().mean().item())
-        assert pgd == pytest.approx((after > STEPS).float().mean().item())
-    assert curve["images"] == 60 and curve["fgm"][0] > curve["fgm"][3] > curve["pgd"][5]
+    curve, at_eps = found["by_eps"], common.CURVE_EPSILONS.index(EPS) + 1
+    for place, names in {0: ("clean", "clean"), at_eps: ("fgm", "pgd")}.items():
+        shares = [right[name][:60].float().mean().item() for name in names]
+        assert [curve["fgm"][place], curve["pgd"][place]] == pytest.approx(shares)
+    assert curve["images"] == 60
+
+
+def test_the_curves_over_epsilon_attack_with_each_size_and_a_quarter_of_it_as_pgds_step():
+    seen = {"fgm": [], "pgd": []}
+
+    def under_fgm(eps, count):
+        seen["fgm"].append(eps)
+        return torch.tensor([True, False])
+
+    def fooled_after(eps, step_size, count):
+        seen["pgd"].append(pytest.approx(4 * step_size))
+        return torch.tensor([20, 20])
+
+    right = dict.fromkeys(("clean", "fgm", "pgd"), torch.tensor([True, True]))
+    curve = common.accuracy_by_epsilon(right, under_fgm, fooled_after)
+    others = [eps for eps in common.CURVE_EPSILONS if eps != EPS]
+    assert seen == {"fgm": others, "pgd": others} and curve["eps"] == [0, *common.CURVE_EPSILONS]
+    assert curve["fgm"] == [1 if eps in (0, EPS) else 0.5 for eps in curve["eps"]]
+    assert curve["pgd"] == [1 if eps in (0, EPS) else 0 for eps in curve["eps"]]
 
 
 class Scaled(nn.Module):
@@ -327,19 +343,17 @@ class Scaled(nn.Module):
         return self.factor * logits
 
 
-def test_the_strongest_attack_fools_what_any_of_its_losses_fools(network, images):
+def test_the_strongest_attack_leaves_what_neither_it_nor_one_before_it_fools(network, images):
     sure = nn.Sequential(network, Scaled(1e5)).eval()  # cross-entropy is flat: its gradients are 0
     labels, settings = common.predict(network, images), (EPS, STEP_SIZE, STEPS)
     by_entropy, by_margin = (
         common.pgd(sure, images, labels, *settings, loss=loss)[1] > STEPS
         for loss in (common.summed_cross_entropy, common.summed_margin)
     )
-    losses = [common.summed_margin]
-    together = common.right_under_strongest(
-        sure, images, labels, by_entropy, losses, common.most_likely
-    )
-    assert torch.equal(together, by_entropy & by_margin)
-    assert together.sum() < by_entropy.sum() - 20
+    before, losses = by_entropy & (torch.arange(200) % 3 > 0), [common.summed_margin]
+    found = common.right_under_strongest(sure, images, labels, before, losses, common.most_likely)
+    assert torch.equal(found, before & by_margin)
+    assert by_margin.sum() < by_entropy.sum() - 20
 
 
 def test_the_margin_is_how_far_the_best_other_class_is_ahead():

@@ -42,6 +42,12 @@ def test_the_demo_runs_every_script_on_its_own_pictures_and_says_so(monkeypatch,
     assert "not CIFAR-10" in first and "12,000" not in first
 
 
+@pytest.mark.parametrize("script", [script for script, flags in demo.SCRIPTS.items() if flags])
+def test_a_script_knows_the_flags_that_the_demo_gives_it(script):
+    parser = importlib.import_module(script.removesuffix(".py")).parser()
+    parser.parse_args(demo.SCRIPTS[script])
+
+
 def test_the_demo_ends_with_the_status_of_a_script_that_fails():
     with pytest.raises(SystemExit) as end:
         demo.run("-c", "raise SystemExit(3)")
