@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--student-id", default="", help="what stands beside it")
     parser.add_argument("--note", default="", help="a line for every page")
     args = common.parse_arguments(parser)
-    found = read_results(args)
+    found = read_results(args.results)
     refuse_mixtures(found, args.results)
     right = read_right(found, args.results)
     hashes = bring_figures(found, args.results)
@@ -144,17 +144,17 @@ def main():
 # ---- Results -------------------------------------------------------------------------------------
 
 
-def read_results(args):
+def read_results(results):
     """The metrics of the questions that have been run: dict from question to its metrics.json.
 
     AutoAttack's numbers, if there are any, stand beside those of the models that they belong to.
     Raises UserError without question 1, with which every run begins.
     """
-    found = common.metrics_found(args.results, QUESTIONS)
+    found = common.metrics_found(results, QUESTIONS)
     if "q1" not in found:
-        command = common.command_for(args.results / "q1" / "metrics.json")
-        raise common.UserError(f"{args.results} holds no results of q1; begin with: {command}")
-    path = args.results / "autoattack.json"
+        command = common.command_for(results / "q1" / "metrics.json")
+        raise common.UserError(f"{results} holds no results of q1; begin with: {command}")
+    path = results / "autoattack.json"
     autoattack = common.read_metrics(path) if path.exists() else {}
     for question, name, model in measured(found):
         digest = model.get("sha256") or found[question]["q2_sha256"]

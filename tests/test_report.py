@@ -534,7 +534,7 @@ def test_autoattack_stands_beside_the_strongest_attack_on_the_same_images(tmp_pa
     hashes = {Q2: "hash of model", PERTURBED: "of another model"}
     numbers = {name: {"sha256": each, "images": 100, "right": 30} for name, each in hashes.items()}
     (tmp_path / "autoattack.json").write_text(json.dumps(numbers))
-    found = report.read_results(helpers.tiny_args(results=tmp_path))
+    found = report.read_results(tmp_path)
     right = report.read_right(found, tmp_path)
     share = common.percent(right[Q2]["strongest"][:100].mean())
     text = text_of(found, right)
@@ -606,7 +606,7 @@ def test_the_contents_lead_to_every_question(tmp_path):
     text = report.assemble(made_up(), right_of(made_up()))
     results = written(tmp_path)
     links = re.findall(r"\]\(#(.*?)\)", text)
-    hashes = report.bring_figures(report.read_results(helpers.tiny_args(results=results)), results)
+    hashes = report.bring_figures(report.read_results(results), results)
     page = report.rendered(text, results, hashes)
     assert len(links) == 9 and all(page.count(f"id='{link}'") == 1 for link in links)
 
