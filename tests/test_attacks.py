@@ -172,15 +172,17 @@ def test_attacks_leave_the_model_as_it_is(images, labels):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_images_that_require_gradients_and_a_callers_no_grad_change_nothing(
-    network, images, labels
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_images_that_require_gradients_and_a_callers_mode_change_nothing(
+    network, images, labels, mode
 ):
     expected, _ = common.pgd(network, images, labels, EPS, STEP_SIZE, 3)
     given = images.clone().requires_grad_()
     found, _ = common.pgd(network, given, labels, EPS, STEP_SIZE, 3)
     assert torch.equal(found, expected) and not found.requires_grad and given.grad is None
-    with torch.no_grad():
-        found, _ = common.pgd(network, images, labels, EPS, STEP_SIZE, 3)
+    with mode():
+        given = images.clone(), labels.clone()  # made in that mode
+        found, _ = common.pgd(network, *given, EPS, STEP_SIZE, 3)
     assert torch.equal(found, expected)
 
 

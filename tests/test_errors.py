@@ -117,6 +117,36 @@ def test_a_gpu_too_old_for_pytorch_stays_unused_or_is_refused(
     assert line.endswith("no kernel image is available")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_full_main_memory_ends_in_one_line(error_line, error):
+    def fill():
+        raise error
+
+    assert "main memory is full" in error_line(fill)
+
+
+def test_other_mistakes_keep_their_traceback():
+    def fail():
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        common.run(fail)
+
+
+def test_a_pytorch_that_is_too_old_is_named_and_requirements_agree(error_line, monkeypatch):
+    oldest = ".".join(map(str, common.OLDEST_TORCH))
+    assert f"torch>={oldest}\n" in (helpers.ROOT / "requirements.txt").read_text()
+    monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
+    assert f"PyTorch {oldest} or newer is needed, this is 2.8.1" in error_line(q1_split.main)
+
+
 def test_a_gpu_whose_memory_is_full_ends_in_one_line(broken_gpu, error_line, tmp_path):
     broken_gpu(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert "--device cpu" in error_line(q1_split.main, "--results", tmp_path)
@@ -456,7 +486,20 @@ def test_our_own_mistakes_are_not_called_damage(tmp_path):
             raise mistake
 
 
+def test_a_full_gpu_is_not_called_damage(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(torch.OutOfMemoryError), common.opened(tmp_path / "metrics.json"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 # ---- Writing -------------------------------------------------------------------------------------
+
+
+@helpers.posix
+def test_a_link_to_a_place_that_is_not_there_is_called_so(tmp_path):
+    (tmp_path / "results").symlink_to(tmp_path / "ejected")
+    with pytest.raises(common.UserError, match="results is no folder, or a link to a place"):
+        common.write_file(tmp_path / "results" / "split.npz", b"content")
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -629,10 +672,16 @@ def test_umaps_compiler_has_a_place_to_write_also_for_an_unknown_user(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "features", [torch.rand(15, 8), torch.full((40, 8), torch.nan), torch.full((40, 8), torch.inf)]
+    "features, said",
+    [
+        (torch.rand(15, 8), "more than 15 points"),
+        (torch.full((40, 8), torch.nan), "more than 15 points"),
+        (torch.full((40, 8), torch.inf), "more than 15 points"),
+        (torch.ones(40, 8), "collapsed"),
+    ],
 )
-def test_features_of_which_there_is_no_map_are_a_value_error(features):
-    with pytest.raises(ValueError, match="a map needs more than 15 points"):
+def test_features_of_which_there_is_no_map_are_a_value_error(features, said):
+    with pytest.raises(ValueError, match=said):
         common.fit_umap(features, 0)
 
 
@@ -653,10 +702,8 @@ def given_to_umap(monkeypatch):
     return given
 
 
-@pytest.mark.parametrize("features", [torch.ones(40, 4), torch.rand(40, 4)])
-def test_each_point_of_a_map_is_its_own_nearest_also_where_all_are_equal(given_to_umap, features):
-    """Else a collapsed model has another map every time."""
-    common.fit_umap(features, 0)
+def test_each_point_of_a_map_is_its_own_nearest_also_where_many_are_equal(given_to_umap):
+    common.fit_umap(torch.ones(40, 4).index_fill(0, torch.tensor([3]), 2), 0)
     indices, distances, _ = given_to_umap["precomputed_knn"]
     assert indices[:, 0].tolist() == list(range(40)) and (distances[:, 0] == 0).all()
 

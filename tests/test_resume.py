@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import common
 import helpers
@@ -196,10 +197,11 @@ def test_another_pytorch_may_measure_a_training_but_not_go_on_with_it(
 def test_the_build_of_pytorch_is_no_part_of_a_recipe(monkeypatch):
     recipes = []
     for version in ("2.9.0+cpu", "2.9.0+cu130", "2.9.0"):
-        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
         rows, args = q6_angular.RECIPES, helpers.tiny_args()
         recipes.append(common.choose_recipe(args, rows, "cifar", "q6", {"sha256": "tiny"}))
     assert recipes[0] == recipes[1] == recipes[2]
+    assert {type(recipe["torch"]) for recipe in recipes} == {str}  # no other can be read again
 
 
 # ---- A model without state, a state of other code ------------------------------------------------
