@@ -9,8 +9,8 @@ Exit status 0: what is there holds; missing questions are named. 1: something do
 nothing was found wrong, but something could not be checked, such as a model that was left out.
 About five minutes for the default on two cores; an autoattack.json takes some minutes more.
 
-Reads   a results folder, or the only one in the given folder; CIFAR-10 (fetched if absent)
-Writes  nothing
+Reads   a results folder, or the only one in the given folder; CIFAR-10
+Writes  nothing; only CIFAR-10 is fetched if absent
 Run     python verify.py --results FOLDER
 """
 
@@ -42,13 +42,7 @@ MODELS = {  # the only files of weights that are opened
     ("q6", q6_angular.MODEL): "q6/model.pt",
 }
 OUTPUTS = {"q2": 10, "q3": 10, "q4": 10, "q6": q6_angular.EMBEDDING}
-FIGURES = {
-    "q1": (1, 2),
-    "q2": (3, 4, 5, 6),
-    "q3": (7, 8),
-    "q4": (9, 10, 11, 12),
-    "q6": range(13, 17),
-}
+FIGURES = {"q1": (1, 2), "q2": range(3, 7), "q3": (7, 8), "q4": range(9, 13), "q6": range(13, 17)}
 UNCHECKED, ASK = "not checked", "to be asked about"  # where a row neither holds nor not
 
 DIFFERING = 0.02  # share of the images that may be decided otherwise
