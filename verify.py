@@ -589,6 +589,14 @@ def report_rows(results):
     """report.md as it was handed in, against the same assembled anew from the folder's numbers."""
     if (results / "report.md").exists():
         told = read(results, "report.md", file_text)
+        absent = [
+            question
+            for question in FIGURES
+            if f"## Question {question[1]}" in told and not (results / question).exists()
+        ]
+        if absent:
+            yield ("report", "report.md", "", f"needs {', '.join(absent)}", UNCHECKED)
+            return
         found = report.read_results(results)
         assembled = report.assemble(found, report.read_right(found, results))
         yield report_row(told, assembled)

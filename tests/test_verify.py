@@ -203,10 +203,10 @@ def test_a_link_out_of_the_folder_is_not_opened(tmp_path, handed_in):
 
 @pytest.mark.parametrize("content", [{}, {"recipe": 7, "history": 7}, {"history": [{}]}])
 def test_numbers_of_another_form_are_a_row(folder, content):
-    folder.found["q4"]["models"][PERTURBED] = content
-    file, rows = FILES[PERTURBED], []
+    folder.found["q4"]["models"][WITH_FGM] = content
+    file, rows = FILES[WITH_FGM], []
     given = folder.found["q4"], folder.checkpoints[file], folder.known
-    checks = verify.training_rows("q4", PERTURBED, file, *given)
+    checks = verify.training_rows("q4", WITH_FGM, file, *given)
     verify.attempt(rows, "q4", "numbers", rows.extend, checks)
     assert answers(rows) == [False] and "has another form" in rows[0][3]
 
