@@ -870,6 +870,11 @@ def fgm_step(images, gradient, eps, norm):
     return project(ascend(images, gradient, eps, norm), images, eps, norm)
 
 
+def fgm_images(images, gradient):
+    """All images under L-infinity FGM at EPSILON, by the gradient that `robustness` returns."""
+    return in_batches(partial(fgm_step, eps=EPSILON["linf"], norm="linf"), images, gradient)
+
+
 def pgd(
     model,
     images,
@@ -981,7 +986,7 @@ def robustness(
     perturbed_fgm), `strongest_images`, `pgd_by_step` (the share that no PGD step has fooled after
     0, 1, ... steps), `by_eps` (accuracy_by_epsilon), `checks` (attack_checks), `warnings`
     (attack_warnings). A dict from CONDITIONS to which images are right, "strongest" of the first
-    STRONGEST_IMAGES. And the gradient at the images, from which fgm_step makes FGM's images.
+    STRONGEST_IMAGES. And the gradient at the images, from which fgm_images makes FGM's images.
     """
     model, eps, loss = frozen(network, precision), EPSILON["linf"], losses[0]
     clean, gradient, under_fgm, fooled_after = attacks_on(model, images, labels, loss, decide)

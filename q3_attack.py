@@ -90,17 +90,15 @@ def draw_maps(folder, model, data, images, perturbed, gradient, seed):
 
     The map is fitted again, on the same features with the same seed: no pickle has to be trusted.
     """
-    labels, eps = data["test"][1], common.EPSILON["linf"]
+    labels = data["test"][1]
     train = common.backbone_features(model, common.as_float(data["train"][0]))
-    shifted = common.backbone_features(model, perturbed)
-    attacked = common.in_batches(
-        lambda batch, direction: model.features(common.fgm_step(batch, direction, eps, "linf")),
-        images,
-        gradient,
-    )
+    attacked = common.fgm_images(images, gradient)
     points, place = common.fit_umap(train, seed)
-    panels = {"perturbed test": shifted, "test under FGM, eps = 8/255": attacked}
-    placed = {title: (place(features), labels) for title, features in panels.items()}
+    panels = {"perturbed test": perturbed, "test under FGM, eps = 8/255": attacked}
+    placed = {
+        title: (place(common.backbone_features(model, changed)), labels)
+        for title, changed in panels.items()
+    }
     common.plot_maps(folder / "figure08_umap.png", placed, points)
     return common.sha256(points.tobytes())
 

@@ -78,8 +78,9 @@ def main():
     examples = images[chosen], perturbed[chosen], labels[chosen], losses[0], decide
     common.plot_examples(folder / "figure15_examples.png", trained, *examples)
     with common.timed(seconds, "umap"):
-        attacked = under_fgm(trained, images, gradient)
-        draw_maps(folder, data, train, test, embed(trained, perturbed), attacked, args.seed)
+        attacked = common.fgm_images(images, gradient)
+        changed = (embed(trained, given) for given in (perturbed, attacked))
+        draw_maps(folder, data, train, test, *changed, args.seed)
 
     models = {MODEL: {**made, **votes, **measured}}
     found = {"models": models, "n_test": len(labels), "epsilon": common.EPSILON}
@@ -353,16 +354,6 @@ def draw_curves(folder, history):
     losses = {"loss": "train (augmented)", "val_loss": "validation"}
     common.plot_history(folder / "figure13_accuracy.png", history, accuracies, "accuracy")
     common.plot_history(folder / "figure13_loss.png", history, losses, "angular loss")
-
-
-def under_fgm(model, images, gradient):
-    """Embeddings of the images under L-infinity FGM, whose gradient is known."""
-    eps = common.EPSILON["linf"]
-
-    def attacked(batch, direction):
-        return F.normalize(model(common.fgm_step(batch, direction, eps, "linf")))
-
-    return common.in_batches(attacked, images, gradient)
 
 
 def draw_maps(folder, data, train, test, perturbed, attacked, seed):
