@@ -17,12 +17,22 @@ import torch
 
 import common
 import helpers
+import q1_split
 from tools import synthetic
 
 # Sums depend on how threads share them, and some tests compare them bit for bit across processes.
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ["PYTHONPATH"] = str(helpers.ROOT)  # for the scripts that tests start
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shorter_quick_run():
+    """With --quick fewer images to train on, and attacks of fewer sizes: enough for every test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(q1_split.QUICK_PER_CLASS, "train", 40)
+        patch.setattr(common, "CURVE_EPSILONS", [8 / 255, 16 / 255])
+        yield
 
 
 @pytest.fixture(scope="session")
