@@ -1,14 +1,9 @@
 """Fixtures that every test file may use."""
 
-import contextlib
-import importlib
-import io
 import os
 import sys
-import traceback
 import urllib.error
 import urllib.request
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +23,9 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session", autouse=True)
 def shorter_quick_run():
-    """With --quick fewer images to train on, and attacks of fewer sizes: enough for every test."""
+    """With --quick fewer images to train and validate on, and attacks of fewer sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(q1_split.QUICK_PER_CLASS, "train", 40)
+        patch.setattr(q1_split, "QUICK_PER_CLASS", {"train": 24, "val": 5, "test": 10})
         patch.setattr(common, "CURVE_EPSILONS", [8 / 255, 16 / 255])
         yield
 
@@ -52,43 +47,20 @@ def loaded(cifar10):
 
 
 @pytest.fixture(scope="session")
-def quick_run(cifar10, tmp_path_factory):
+def quick_run(cifar10, loaded, tmp_path_factory):
     """All scripts once with --quick: `results`, their folder, and `finished`.
 
-    The second is a dict from question, and "report", to what `run_here` returns.
+    The second is a dict from question, and "report", to what helpers.run_here returns.
     """
-    results = tmp_path_factory.mktemp("quick") / "results"
-    finished = {
-        question: run_here(name, helpers.quick_flags(question, cifar10, results))
-        for question, name in helpers.SCRIPTS.items()
-    }
-    finished["report"] = run_here("report.py", ["--quick", "--results", str(results)])
+    results, finished = tmp_path_factory.mktemp("quick") / "results", {}
+    for question, name in helpers.SCRIPTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if question != "q1":  # reading the same files again takes seconds
+                patch.setattr(common, "load_cifar10", lambda root: loaded)
+            flags = helpers.quick_flags(question, cifar10, results)
+            finished[question] = helpers.run_here(name, flags)
+    finished["report"] = helpers.run_here("report.py", ["--quick", "--results", str(results)])
     return SimpleNamespace(results=results, finished=finished)
-
-
-def run_here(name, flags):
-    """A script in this process, where UMAP need not be compiled anew: like a CompletedProcess.
-
-    Its stderr ends in the warnings that the script gave.
-    """
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    main = importlib.import_module(Path(name).stem).main
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        warnings.catch_warnings(record=True) as given,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", [name, *flags])
-        try:
-            common.run(main)
-        except SystemExit as end:
-            status = end.code
-        except Exception:
-            traceback.print_exc()
-            status = 1
-    told = err.getvalue() + "".join(f"{warning.message}\n" for warning in given)
-    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=told)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What several test files, and the long form in stress.py, share."""
 
+import contextlib
+import importlib
 import io
 import os
 import random
@@ -7,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,14 +44,14 @@ def accept_as_published(patch, root):
 
 
 def tiny_data():
-    """Parts of 160, 40 and 40 random images in the form of common.load_data."""
+    """Parts of 80, 40 and 40 random images in the form of common.load_data."""
     generator = torch.Generator().manual_seed(0)
     return {
         part: (
             torch.randint(0, 256, (count, 3, 32, 32), generator=generator).byte(),
             torch.arange(count) % 10,
         )
-        for part, count in (("train", 160), ("val", 40), ("test", 40))
+        for part, count in (("train", 80), ("val", 40), ("test", 40))
     }
 
 
@@ -159,6 +163,31 @@ def quick_script(question, data, results):
     """Command line of a question's quick run on synthetic data."""
     words = ["-m", "tools.synthetic", data, ROOT / SCRIPTS[question]]
     return [sys.executable, *map(str, words), *quick_flags(question, data, results)]
+
+
+def run_here(name, flags):
+    """A script in this process, where UMAP need not be compiled anew: like a CompletedProcess.
+
+    Its stderr ends in the warnings that the script gave.
+    """
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    main = importlib.import_module(Path(name).stem).main
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(record=True) as given,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", [name, *flags])
+        try:
+            common.run(main)
+        except SystemExit as end:
+            status = end.code
+        except Exception:
+            traceback.print_exc()
+            status = 1
+    told = err.getvalue() + "".join(f"{warning.message}\n" for warning in given)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=told)
 
 
 def send_signal(command, signal_number, delay, after=""):

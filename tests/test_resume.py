@@ -118,7 +118,10 @@ def angular_training(path):
 
 
 @pytest.mark.parametrize("train", [adversarial_training, angular_training])
-def test_the_other_trainings_go_on_exactly_after_an_interruption(tmp_path, every_epoch, train):
+def test_the_other_trainings_go_on_exactly_after_an_interruption(
+    tmp_path, monkeypatch, every_epoch, train
+):
+    monkeypatch.setattr(q4_adv_train, "PGD_IMAGES", 10)
     whole = train(tmp_path / "whole.pt")
     interrupt_in_the_second_epoch(lambda: train(tmp_path / "resumed.pt"))
     resumed = train(tmp_path / "resumed.pt")

@@ -191,7 +191,7 @@ def test_measuring_again_keeps_the_commit_and_notes_of_the_training(tmp_path):
 
 
 @pytest.fixture
-def run_again(quick_run, cifar10, tmp_path, monkeypatch):
+def run_again(quick_run, cifar10, loaded, tmp_path, monkeypatch):
     """Function that runs a script in a copy of the quick run, with some functions replaced.
 
     Returns the copy, a results folder without the other questions that train.
@@ -206,6 +206,7 @@ def run_again(quick_run, cifar10, tmp_path, monkeypatch):
             monkeypatch.setattr(module, name, function)
         flags = helpers.quick_flags(question, cifar10, results)
         monkeypatch.setattr("sys.argv", [helpers.SCRIPTS[question], *flags])
+        monkeypatch.setattr(common, "load_cifar10", lambda root: loaded)
         script.main()
         return results
 
@@ -219,8 +220,8 @@ def test_a_change_of_code_is_in_the_metrics_and_trains_nothing(run_again, metric
         state["origin"]["code_sha256"] = "0" * 64
         common.write_torch(file, state)
 
-    no_maps = {"draw_maps": lambda *rest: ""}
-    results = run_again("q2", q2_train_ce, q2_train_ce, trained_by_other_code, **no_maps)
+    undrawn = dict.fromkeys(("draw_maps", "draw_scores", "draw_curves"), lambda *rest: "")
+    results = run_again("q2", q2_train_ce, q2_train_ce, trained_by_other_code, **undrawn)
     (model,) = common.read_metrics(results / "q2" / "metrics.json")["models"].values()
     (before,) = metrics["q2"]["models"].values()
     assert model["sha256"] == before["sha256"] and model["code_sha256"] == "0" * 64
@@ -460,16 +461,15 @@ def test_a_table_with_the_results_is_printed(quick_run, metrics, question):
 
 
 def test_a_folder_whose_name_holds_anything_works_and_leaves_the_terminal_alone(
-    quick_run, cifar10, tmp_path
+    quick_run, tmp_path
 ):
     results = tmp_path / "a\nb|c \x1b[31m"
     for question in ("q1", "q2"):
         shutil.copytree(quick_run.results / question, results / question)
-    commands = [
-        helpers.script("report.py", "--quick", "--results", results),
-        helpers.script("q3_attack.py", "--results", results),
+    finished = [
+        helpers.run_here("report.py", ["--quick", "--results", str(results)]),
+        helpers.run_here("q3_attack.py", ["--results", str(results)]),
     ]
-    finished = [subprocess.run(each, capture_output=True, text=True) for each in commands]
     assert [each.returncode for each in finished] == [0, 2], finished
     assert (results / "report.html").exists()
     printed = "".join(each.stdout + each.stderr for each in finished)
