@@ -1,4 +1,4 @@
-"""Question 2: train ResNet-18 from random weights with cross-entropy on the 12,000 images.
+"""Question 2: train ResNet-18 from random weights with cross-entropy.
 
 Reports accuracy on validation and test (per class too, with the confusion matrix), the calibration
 of the predicted probabilities, the curves of accuracy and loss, and a UMAP of the 512 numbers that

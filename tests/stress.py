@@ -1,4 +1,4 @@
-"""The long form of test_resume.py and test_errors.py, a quarter of an hour: make stress"""
+"""The long form of other tests, twenty minutes: make stress"""
 
 import random
 import shutil
@@ -10,6 +10,7 @@ import pytest
 
 import common
 import helpers
+from tools import demo
 
 MODELS = {
     "q2": ["model.pt"],
@@ -49,3 +50,18 @@ def test_a_script_killed_ten_times_ends_with_the_same_weights(cifar10, tmp_path,
 @pytest.mark.parametrize("seed, target", list(enumerate(helpers.FUZZ_TARGETS, start=100)))
 def test_hundreds_of_randomly_damaged_files_are_noticed(tmp_path, seed, target):
     helpers.assert_survives_fuzzing(target, tmp_path, count=125, seed=seed)
+
+
+def test_the_demo_shows_what_attacks_do_and_what_training_with_fgm_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(helpers.ROOT)
+    monkeypatch.setattr(demo, "FOLDER", tmp_path / "results")
+    demo.main()
+    plain, trained = (
+        common.read_metrics(tmp_path / "results" / question / "metrics.json")["models"][name]
+        for question, name in (("q3", common.CROSS_ENTROPY), ("q4", "perturbed + FGM (q4)"))
+    )
+    plain, trained = plain["accuracy"], trained["accuracy"]
+    assert plain["clean"] > 0.9
+    assert plain["clean"] / 2 > plain["fgm"] > plain["pgd"]
+    for attack in ("fgm", "pgd", "strongest"):
+        assert trained[attack] > plain[attack] + 0.2

@@ -16,9 +16,9 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 
 # In levels of 255, of which FGM moves a value by 8: that changes a tint, but not a picture.
-CONTRAST = 50  # by how much a picture's blocks are at most brighter or darker than grey
-TINT = 7
-SHOWN = 0.75  # share of the images that surely show their own class's picture
+CONTRAST = 40  # by how much a picture's blocks are at most brighter or darker than grey
+TINT = 9
+SHOWN = 0.8  # share of the images that surely show their own class's picture
 
 
 def main():
