@@ -1328,7 +1328,7 @@ def _cuda_works():
 
 
 def best_precision(device):
-    """ "bfloat16" where there are instructions for it, else "float32"."""
+    """The precision that is fast here: "bfloat16" if there are instructions for it."""
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -1780,28 +1780,25 @@ def percent(share):
     return f"{100 * share:.2f} %"
 
 
-def condition_rows(models):
-    """Header and rows of the table of accuracies. models: as under `models` in metrics.json."""
-    header, rows = ["model", *CONDITIONS.values()], []
-    for name, model in models.items():
-        cells = {key: percent(model["accuracy"][key]) for key in CONDITIONS}
-        error = standard_error(model["accuracy"]["strongest"], model["strongest_images"])
-        cells["strongest"] += f" ± {100 * error:.1f}"
-        rows.append([name, *cells.values()])
-    return header, rows
-
-
 def standard_error(share, images):
     """Of an accuracy on so many images (binomial)."""
     return math.sqrt(share * (1 - share) / images)
 
 
 def print_conditions(title, models):
-    """Print that table, and below it every warning that the attacks' checks gave."""
-    title = f"{title} (FGM and PGD in L-infinity, eps = {255 * EPSILON['linf']:.0f}/255)"
-    print_table(title, *condition_rows(models))
-    for name, measured in models.items():
-        for warning in measured["warnings"]:
+    """A table of accuracies by condition, and below it every warning that the attacks' checks gave.
+
+    models: as under `models` in metrics.json.
+    """
+    eps, images = 255 * EPSILON["linf"], min(each["strongest_images"] for each in models.values())
+    title = f"{title} (L-infinity, eps = {eps:.0f}/255; strongest: {images:,} images)"
+    rows = [
+        [name, *(percent(model["accuracy"][condition]) for condition in CONDITIONS)]
+        for name, model in models.items()
+    ]
+    print_table(title, ["model", *CONDITIONS.values()], rows)
+    for name, model in models.items():
+        for warning in model["warnings"]:
             print(one_line(f"warning: {name}: {warning}"))
 
 

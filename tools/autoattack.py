@@ -80,10 +80,9 @@ def survivors(model, images, labels, seed):
 
 
 def print_count(name, count):
-    """A model's accuracy under AutoAttack with its standard error."""
-    share = count["right"] / count["images"]
-    error = 100 * common.standard_error(share, count["images"])
-    print(f"{name}: {common.percent(share)} ± {error:.1f} of {count['images']} images")
+    """A model's accuracy under AutoAttack."""
+    right, images = count["right"], count["images"]
+    print(f"{name}: {right} of {images} images, {common.percent(right / images)}")
 
 
 if __name__ == "__main__":
