@@ -581,7 +581,8 @@ def autoattacked(network, images, test, args):
 
     model = common.frozen(network.to(args.device))
     chosen = drawn(min(images, len(test[1])), AUTOATTACK_IMAGES)
-    right = autoattack.survivors(model, common.as_float(test[0][chosen]), test[1][chosen], args)
+    images, labels = common.as_float(test[0][chosen]), test[1][chosen]
+    right = autoattack.survivors(model, images, labels, args.seed)
     return common.share(right), len(chosen)
 
 

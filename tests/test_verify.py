@@ -661,7 +661,8 @@ def autoattack_rows(results, folder, loaded, told):
 
 
 def test_autoattack_is_run_again_on_some_images(monkeypatch, tmp_path, folder, loaded):
-    def every_third(model, images, labels, args):
+    def every_third(model, images, labels, seed):
+        assert type(seed) is int
         return torch.arange(len(labels)) % 3 == 0
 
     monkeypatch.setattr(autoattack, "survivors", every_third)
