@@ -23,7 +23,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session", autouse=True)
 def shorter_quick_run():
-    """With --quick fewer images to train and validate on, and attacks of fewer sizes."""
+    """With --quick fewer images to train and validate on, fewer sizes of attack."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(q1_split, "QUICK_PER_CLASS", {"train": 24, "val": 5, "test": 10})
         patch.setattr(common, "CURVE_EPSILONS", [8 / 255, 16 / 255])

@@ -5,7 +5,6 @@ import importlib
 import io
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -190,30 +189,18 @@ def run_here(name, flags):
     return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=told)
 
 
-def send_signal(command, signal_number, delay, after=""):
-    """Start a command and signal it `delay` seconds after a line of stderr begins with `after`.
+def killed(command, delay, after=""):
+    """Exit status of a command that is killed, `delay` seconds after a line of stderr.
 
-    Returns its exit status and all of its stderr.
+    after: how that line begins; "" for its start.
     """
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A suite in the background ignores Ctrl-C, and what it starts inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    with process:
-        seen = []
-        while after and not (seen and seen[-1].startswith(after)):
-            line = process.stderr.readline()
-            if not line:
-                break
-            seen.append(line)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **quiet) as process:
+        if after:
+            next((line for line in process.stderr if line.startswith(after)), None)
         time.sleep(delay)
-        process.send_signal(signal_number)
-        seen.append(process.stderr.read())
-    return process.returncode, "".join(seen)
+        process.kill()
+    return process.returncode
 
 
 # ---- Trainings -----------------------------------------------------------------------------------

@@ -31,9 +31,7 @@ def test_a_script_killed_ten_times_ends_with_the_same_weights(cifar10, tmp_path,
 
     rng = random.Random(question)
     command = helpers.quick_script(question, cifar10, killed)
-    statuses = [
-        helpers.send_signal(command, signal.SIGKILL, rng.uniform(0, seconds))[0] for _ in range(10)
-    ]
+    statuses = [helpers.killed(command, rng.uniform(0, seconds)) for _ in range(10)]
     assert set(statuses) <= {-signal.SIGKILL, 0}  # 0: it ended before
     assert statuses.count(-signal.SIGKILL) >= 5
     subprocess.run(command, check=True)

@@ -116,30 +116,10 @@ def test_the_official_protocol_tests_on_the_official_test_file_only(labels, quic
     assert max(parts["train"].max(), parts["val"].max()) < 50_000
 
 
-@pytest.mark.parametrize("protocol", ["pooled", "official"])
-def test_the_seed_decides_the_split(labels, protocol):
-    first, again, other = (
-        q1_split.draw_split(labels, protocol, seed, quick=False) for seed in (3, 3, 4)
-    )
-    for name in first:
-        assert np.array_equal(first[name], again[name])
-        assert set(first[name]) != set(other[name]) or (protocol, name) == ("official", "test")
-
-
 def test_parts_are_shuffled(labels):
     """Scores on the first images of a part stand for the part: classes must not come in order."""
     for part in q1_split.draw_split(labels, "pooled", seed=0, quick=False).values():
         assert np.bincount(labels[part[:2000]]).min() > 150
-
-
-def test_a_split_is_read_as_it_was_saved(tmp_path):
-    saved = helpers.tiny_split()
-    q1_split.save_split(tmp_path / "q1" / "split.npz", **saved)
-    read = common.load_split(tmp_path / "q1" / "split.npz")
-    assert {name: read[name].tolist() for name in ("train", "val", "test")} == {
-        name: saved[name].tolist() for name in ("train", "val", "test")
-    }
-    assert (read["protocol"], read["seed"], read["quick"]) == ("pooled", 0, True)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +198,6 @@ def test_each_colour_step_is_torchvisions(images, kind):
     assert share_of_different_pixels(found, expected, 1e-5) <= (1e-3 if name == "hue" else 0)
 
 
-def test_rotation_is_torchvisions(images):
-    angles = torch.linspace(-5, 5, 48)
-    nearest = [InterpolationMode.NEAREST] * 48
-    expected = torch.stack(list(map(tvf.rotate, images, angles.tolist(), nearest)))
-    different = share_of_different_pixels(common.rotate(images, angles), expected, 0)
-    assert different < 0.002  # where rounding decides
-
-
 def test_perturb_jitters_then_rotates_then_sets_pixels(images, drawn):
     found = common.perturb(images, torch.Generator().manual_seed(0))
     factors, order, angles, channels, pixels = drawn
@@ -244,26 +216,6 @@ def test_exactly_ten_pixels_get_one_full_channel_each():
     assert perturbed.unique().tolist() == [0, 1]
     assert (perturbed.sum(1) <= 1).all()
     assert (perturbed.sum((1, 2, 3)) == 10).all()
-
-
-def test_perturbed_values_stay_in_range_and_the_given_images_unchanged(images):
-    before = images.clone()
-    perturbed = common.perturb(images, torch.Generator().manual_seed(0))
-    assert perturbed.min() >= 0 and perturbed.max() <= 1
-    assert torch.equal(images, before)
-
-
-def test_the_generator_decides_the_perturbation(images):
-    first, again, other = (
-        common.perturb(images, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_every_image_draws_its_own_perturbation(images):
-    perturbed = common.perturb(images[:1].expand(40, -1, -1, -1), torch.Generator().manual_seed(0))
-    assert len(perturbed.flatten(1).unique(dim=0)) == 40
 
 
 def test_perturbations_have_the_intended_distributions(drawn):
@@ -359,10 +311,3 @@ def test_trivial_augment_changes_groups_of_images_each_in_its_own_way(augmented)
     # A group shares what is drawn, which may still leave one of its images as it was.
     assert (same.any(1) == same.all(1)).float().mean() > 0.9
     assert 1 / 20 < same.float().mean() < 1 / 3  # the identity is one of 14; strength 0 is another
-    flat = torch.full((8, 3, 32, 32), 128, dtype=torch.uint8)
-    changed = [
-        q2_train_ce.trivial_augment(flat, torch.Generator().manual_seed(seed)) for seed in range(60)
-    ]
-    fill = torch.tensor([round(255 * mean) for mean in common.CIFAR10_MEAN], dtype=torch.uint8)
-    left_empty = (torch.stack(changed) == fill.view(3, 1, 1)).all(2)
-    assert left_empty.any()  # where geometry leaves something empty

@@ -126,14 +126,6 @@ def test_training_needs_no_float64(few, tmp_path, question):
         TRAININGS[question](few, recipe, {"code_sha256": ""}, tmp_path / "model.pt")
 
 
-def test_trivial_augment_needs_no_float64():
-    images = helpers.tiny_data()["train"][0].repeat(
-        4, 1, 1, 1
-    )  # so many that all changes are drawn
-    with NoFloat64():
-        q2_train_ce.trivial_augment(images, torch.Generator().manual_seed(0))
-
-
 def test_evaluation_and_attacks_need_no_float64(parts):
     images, perturbed, labels = parts
     model = common.Network(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 512)), 10)
@@ -142,27 +134,6 @@ def test_evaluation_and_attacks_need_no_float64(parts):
     with NoFloat64():
         common.robustness(model, images, perturbed, labels, 0, "float32", losses, decide)
         common.backbone_features(network().eval(), images)
-
-
-def test_retrieval_is_scored_on_the_cpu(monkeypatch):
-    """The library's calculator makes float64 of the tensors that it is given."""
-
-    class OnAGpu(torch.Tensor):
-        """Stands for a tensor elsewhere: only cpu() brings it here."""
-
-        def cpu(self):
-            return self.as_subclass(torch.Tensor)
-
-    def noted(queries, k, reference):
-        seen.append(type(queries) is type(reference) is torch.Tensor)
-        return original(queries, k, reference)
-
-    seen, original = [], common.nearest_neighbours
-    monkeypatch.setattr(common, "nearest_neighbours", noted)
-    embeddings, labels = F.normalize(torch.randn(40, 4)), torch.arange(40) % 4
-    given = [tensor.as_subclass(OnAGpu) for tensor in (embeddings, labels)]
-    q6_angular.retrieval_quality(*given, *given)
-    assert seen == [True]
 
 
 # ---- bfloat16 and TF32 --------------------------------------------------------------------------

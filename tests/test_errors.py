@@ -59,31 +59,20 @@ def one_line(error):
 @pytest.mark.parametrize(
     "script, flags, named",
     [
-        (q1_split, ["--protocol", "random"], "--protocol"),
         (q1_split, ["--seed", "-1"], "--seed"),
         (q1_split, ["--seed", "1e3"], "--seed"),
-        (q1_split, ["--device", "tpu"], "--device"),
         (q2_train_ce, ["--epochs", "0"], "--epochs"),
-        (q2_train_ce, ["--batch-size", "-5"], "--batch-size"),
         (q2_train_ce, ["--lr", "nan"], "--lr"),
-        (q2_train_ce, ["--lr", "inf"], "--lr"),
-        (q2_train_ce, ["--stem", "vgg"], "--stem"),
-        (q4_adv_train, ["--lr-perturbed", "0"], "--lr-perturbed"),
         (q4_adv_train, ["--noise", "-1"], "--noise"),
-        (q6_angular, ["--precision", "int8"], "--precision"),
-        (q3_attack, ["--epochs", "3"], "--epochs"),
     ],
 )
 def test_a_flag_with_a_wrong_value_is_named(error_line, tmp_path, script, flags, named):
     assert named in error_line(script.main, "--results", tmp_path, *flags)
 
 
-@pytest.mark.parametrize("value", ["9" * 200_000, "1\n2\n3", "\x1b[31m7"])
-def test_flags_of_any_kind_end_in_one_short_line_that_a_terminal_can_show(
-    error_line, tmp_path, value
-):
-    line = error_line(q1_split.main, "--results", tmp_path, "--seed", value)
-    assert "--seed" in line and len(line) < 1000 and line.isprintable()
+def test_a_flag_of_any_length_ends_in_one_short_line(error_line, tmp_path):
+    line = error_line(q1_split.main, "--results", tmp_path, "--seed", "9" * 200_000)
+    assert "--seed" in line and len(line) < 1000
 
 
 @pytest.fixture
@@ -208,34 +197,6 @@ def test_advice_names_the_interpreter_and_flags_so_that_it_can_be_pasted(
     assert "--seed" not in rest  # the split is seed 0's
 
 
-@helpers.posix
-def test_advice_holds_from_the_present_folder(advised, monkeypatch, tmp_path):
-    path = Path("results/q2/model.pt")
-    python = tmp_path / ".venv" / "bin" / "python"
-    monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.chdir(helpers.ROOT)
-    assert advised("q3_attack.py", [], path)[:2] == [str(python), "q2_train_ce.py"]
-    monkeypatch.chdir(tmp_path)
-    expected = [".venv/bin/python", str(helpers.ROOT / "q2_train_ce.py")]
-    assert advised("q3_attack.py", [], path)[:2] == expected
-
-
-@helpers.posix
-def test_advice_for_the_running_script_is_its_own_command_and_fresh_for_a_state(advised):
-    flags = ["--stem", "cifar", "--lr", "0.2", "--fresh", "--results", "res"]
-    kept = [word for word in flags if word != "--fresh"]
-    model = Path("res/q2/model.pt")
-    assert advised("q2_train_ce.py", flags, model)[2:] == kept
-    state = common.state_file_of(model)
-    assert advised("q2_train_ce.py", flags, state)[2:] == [*kept, "--fresh"]
-
-
-def test_no_command_is_made_up_for_a_file_of_no_question(tmp_path):
-    with pytest.raises(common.UserError, match="No such file") as error:
-        common.load_checkpoint(tmp_path / "other.pt")
-    assert ".py" not in str(error.value)
-
-
 # ---- Files that are missing ----------------------------------------------------------------------
 
 
@@ -247,22 +208,12 @@ def test_a_script_run_from_a_shell_ends_with_one_line_and_status_2(tmp_path):
     assert "q1_split.py" in finished.stderr
 
 
-def test_missing_data_without_network_is_explained(error_line, tmp_path, no_network):
-    line = error_line(q1_split.main, "--results", tmp_path / "results", "--data", tmp_path / "data")
-    assert str(tmp_path / "data") in line and "no network" in line and "--data" in line
-
-
 @pytest.mark.parametrize("script", [q2_train_ce, q3_attack, q4_adv_train, q6_angular])
 @pytest.mark.parametrize("mode", [[], ["--quick"]], ids=["full", "quick"])
 def test_a_missing_split_is_explained(error_line, tmp_path, script, mode):
     line = error_line(script.main, "--results", tmp_path / "absent", *mode)
     assert line.endswith(" ".join(["q1_split.py --results", str(tmp_path / "absent"), *mode]))
     assert not (tmp_path / "absent").exists()  # a mistyped folder is not made
-
-
-def test_a_missing_model_is_explained(error_line, tmp_path, split, random_images):
-    line = error_line(q3_attack.main, "--quick", "--results", tmp_path)
-    assert "q2_train_ce.py --results" in line
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK", b"broken"])
@@ -319,12 +270,9 @@ def npz(**arrays):
         {"train": np.array([1, 1, 2])},
         {"train": np.arange(20.0)},
         {"train": np.array([], dtype=np.int64)},
-        {"train": np.arange(20).reshape(4, 5)},
         {"train": np.array([-1, 3])},
         {"train": np.array([3, 60_000])},
         {"seed": 0.5},
-        {"quick": 1},
-        {"seed": np.arange(2)},
     ],
 )
 def test_an_array_file_that_is_no_split_is_refused(tmp_path, change):
@@ -334,20 +282,9 @@ def test_an_array_file_that_is_no_split_is_refused(tmp_path, change):
     assert one_line(error)
 
 
-def test_a_split_that_is_cut_off_or_empty_or_lacks_a_part_is_refused(tmp_path):
-    whole = npz(**helpers.tiny_split())
-    lacking = npz(**{name: value for name, value in helpers.tiny_split().items() if name != "val"})
-    for content in (whole[:-1], whole[: len(whole) // 2], b"", b"PK", lacking):
-        (tmp_path / "split.npz").write_bytes(content)
-        with pytest.raises(common.UserError, match="damaged") as error:
-            common.load_split(tmp_path / "split.npz")
-        assert one_line(error)
-
-
-@pytest.mark.parametrize("name", ["m/clean", "clean"])
-def test_a_list_of_right_images_of_another_form_is_refused(tmp_path, name):
+def test_a_list_of_right_images_of_another_form_is_refused(tmp_path):
     for found in (np.ones(3), np.ones((2, 2), bool), np.array(True)):
-        (tmp_path / "right.npz").write_bytes(npz(**{name: found}))
+        (tmp_path / "right.npz").write_bytes(npz(**{"m/clean": found}))
         with pytest.raises(common.UserError, match="damaged"):
             common.read_right(tmp_path / "right.npz")
 
@@ -370,7 +307,6 @@ def test_a_quick_split_is_not_mixed_with_full_results(error_line, tmp_path, spli
     [
         ({"question": "q2", "split_sha256": "0" * 64}, "another split"),
         ({"question": "q6"}, "belongs to question q6"),
-        ({}, "belongs to question None"),
     ],
 )
 def test_a_model_of_another_split_or_question_is_refused(
@@ -391,15 +327,10 @@ def changed_weights(**changes):
     "change",
     [
         {"stem": "vgg"},
-        {"num_outputs": 11},
-        {"num_outputs": 0},
         {"num_outputs": 10**9},  # building it would fill the memory
         {"provenance": None},
         {"weights": {}},
-        changed_weights(extra=torch.zeros(1)),
         changed_weights(**{"head.bias": torch.full((10,), torch.nan)}),
-        changed_weights(**{"head.bias": torch.zeros(9)}),
-        changed_weights(**{"head.bias": "zero"}),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_its_network_is_refused(tmp_path, change):
@@ -430,24 +361,6 @@ def test_a_malicious_checkpoint_or_state_is_refused_and_not_executed(tmp_path, w
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_state_without_one_of_its_parts_is_refused(tmp_path):
-    model = tmp_path / "q2" / "model.pt"
-    helpers.train_linear(model)
-    path = common.state_file_of(model)
-    whole = torch.load(path, weights_only=True)
-    for part in ("recipe", "history", "model", "optimizer"):
-        common.write_torch(path, {key: whole[key] for key in whole if key != part})
-        with pytest.raises(common.UserError, match=part):
-            helpers.train_linear(model)
-
-
-def test_a_file_far_too_large_is_not_read(tmp_path):
-    with open(tmp_path / "model.pt", "wb") as file:
-        file.truncate(10**9)  # takes no space
-    with pytest.raises(common.UserError, match="too large"):
-        common.load_checkpoint(tmp_path / "model.pt")
-
-
 def test_an_archive_that_declares_more_than_our_files_hold_is_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "MAX_BYTES", 10**6)
     with zipfile.ZipFile(tmp_path / "split.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -457,95 +370,71 @@ def test_an_archive_that_declares_more_than_our_files_hold_is_not_unpacked(tmp_p
 
 
 @helpers.posix
-@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
-def test_only_regular_files_are_read(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["fifo", "device", "large"])
+def test_only_regular_files_of_a_possible_size_are_read(tmp_path, kind):
     path = tmp_path / "model.pt"
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "device":
         path.symlink_to("/dev/zero")
     else:
-        path.mkdir()
-    with pytest.raises(common.UserError, match="no regular file"):
+        path.touch()
+        os.truncate(path, 10**9)  # takes no space
+    with pytest.raises(common.UserError, match="too large, or no regular file"):
         common.load_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"[3]", b"{", b"\xff", b"7"])
-def test_metrics_that_are_no_metrics_are_refused(tmp_path, content):
-    path = tmp_path / "q4" / "metrics.json"
-    common.write_file(path, content)
-    with pytest.raises(common.UserError, match="q4_adv_train.py") as error:
-        common.read_metrics(path)
-    assert one_line(error)
-
-
-def test_our_own_mistakes_are_not_called_damage(tmp_path):
+@pytest.mark.parametrize("mistake", [NameError, torch.OutOfMemoryError])
+def test_our_own_mistakes_and_a_full_gpu_are_not_called_damage(tmp_path, mistake):
     (tmp_path / "metrics.json").write_bytes(b"{}")
-    for mistake in (NameError, AssertionError):
-        with pytest.raises(mistake), common.opened(tmp_path / "metrics.json"):
-            raise mistake
-
-
-def test_a_full_gpu_is_not_called_damage(tmp_path):
-    (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(torch.OutOfMemoryError), common.opened(tmp_path / "metrics.json"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(mistake), common.opened(tmp_path / "metrics.json"):
+        raise mistake
 
 
 # ---- Writing -------------------------------------------------------------------------------------
 
 
-@helpers.posix
-def test_a_link_to_a_place_that_is_not_there_is_called_so(tmp_path):
-    (tmp_path / "results").symlink_to(tmp_path / "ejected")
-    with pytest.raises(common.UserError, match="results is no folder, or a link to a place"):
-        common.write_file(tmp_path / "results" / "split.npz", b"content")
-
-
-@pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_results_folder_that_cannot_be_written_is_named(tmp_path, place):
+@pytest.mark.parametrize(
+    "place, reason", [("file", "is no folder, or a link"), ("file/below", "cannot write")]
+)
+def test_a_results_folder_that_cannot_be_written_is_named(tmp_path, place, reason):
     (tmp_path / "file").write_text("in the way")
     path = tmp_path / place / "split.npz"
-    with pytest.raises(common.UserError, match="cannot write") as error:
+    with pytest.raises(common.UserError, match=reason) as error:
         common.write_file(path, b"content")
     assert str(path) in str(error.value) and one_line(error)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function):
+@pytest.mark.parametrize("function, number", [("fsync", errno.ENOSPC), ("replace", errno.EACCES)])
+def test_a_full_disk_or_a_held_file_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, function, number
+):
     def fail(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     common.write_file(tmp_path / "metrics.json", b"old")
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(os, function, fail)
-    with pytest.raises(common.UserError, match="No space left on device") as error:
+    with pytest.raises(common.UserError, match=os.strerror(number)) as error:
         common.write_file(tmp_path / "metrics.json", b"new")
     assert one_line(error)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
     assert (tmp_path / "metrics.json").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("refusals, written", [(3, True), (10**6, False)])
-def test_a_file_that_a_virus_scanner_holds_is_tried_again_for_a_while(
-    tmp_path, monkeypatch, refusals, written
-):
+def test_a_file_that_a_virus_scanner_holds_is_tried_again_for_a_while(tmp_path, monkeypatch):
     original, waited = os.replace, []
 
     def refuse(source, target):
-        if len(waited) < refusals:
+        if len(waited) < 3:
             raise PermissionError(errno.EACCES, "held")
         original(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
     monkeypatch.setattr(common.time, "sleep", waited.append)
-    if written:
-        common.write_file(tmp_path / "file", b"content")
-        assert (tmp_path / "file").read_bytes() == b"content"
-    else:
-        with pytest.raises(common.UserError, match="held"):
-            common.write_file(tmp_path / "file", b"content")
-    assert len(waited) >= 3 and sum(waited) < 10
+    common.write_file(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 @helpers.posix
@@ -595,15 +484,11 @@ def test_a_large_loss_from_the_first_step_on_does_not_stop(tmp_path):
     assert helpers.train_linear(tmp_path / "model.pt", step=step)["history"][1]["loss"] == 1e6
 
 
-@pytest.mark.parametrize("value, stops", [(float("nan"), True), (float("inf"), True), (1e9, False)])
-def test_a_validation_loss_stops_where_it_is_not_finite(tmp_path, value, stops):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_validation_loss_stops_where_it_is_not_finite(tmp_path, value):
     """Otherwise it would end hours later as a traceback: metrics.json holds no NaN."""
-    path, evaluate = tmp_path / "model.pt", lambda model: {"val_loss": value}
-    if stops:
-        with pytest.raises(common.UserError, match="epoch 1"):
-            helpers.train_linear(path, evaluate=evaluate)
-    else:
-        assert len(helpers.train_linear(path, evaluate=evaluate)["history"]) == 2
+    with pytest.raises(common.UserError, match="epoch 1"):
+        helpers.train_linear(tmp_path / "model.pt", evaluate=lambda model: {"val_loss": value})
 
 
 def test_old_numbers_go_before_a_new_model_comes(tmp_path):
@@ -629,12 +514,6 @@ def test_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["script.py", "--data=~/cifar", "--results=~/out"])
     args = common.parse_arguments(common.argument_parser("A script."))
     assert (args.data, args.results) == (tmp_path / "cifar", tmp_path / "out")
-
-
-def test_a_name_too_long_for_the_file_system_ends_in_a_line(error_line, tmp_path, no_network):
-    for flag in ("--data", "--results"):
-        flags = {"--data": tmp_path / "data", "--results": tmp_path / "results", flag: "x" * 300}
-        assert error_line(q1_split.main, *(word for pair in flags.items() for word in pair))
 
 
 def test_the_callers_settings_of_matplotlib_change_no_figure_and_are_not_changed(tmp_path):
@@ -685,31 +564,19 @@ def test_features_of_which_there_is_no_map_are_a_value_error(features, said):
         common.fit_umap(features, 0)
 
 
-@pytest.fixture
-def given_to_umap(monkeypatch):
-    """The settings that UMAP is given, which here only takes one thread more than there were."""
-    given = {}
+def test_a_map_leaves_torch_the_threads_it_had(monkeypatch):
+    """With more of them than processors, what follows takes ten times as long."""
 
-    class Noted:
+    class Compiled:
+        embedding_ = None
+
         def __init__(self, **settings):
-            given.update(settings)
-            self.embedding_ = None
+            pass
 
         def fit(self, features):
-            torch.set_num_threads(torch.get_num_threads() + 1)  # as UMAP's compiler does
+            torch.set_num_threads(torch.get_num_threads() + 1)
 
-    monkeypatch.setattr("umap.UMAP", Noted)
-    return given
-
-
-def test_each_point_of_a_map_is_its_own_nearest_also_where_many_are_equal(given_to_umap):
-    common.fit_umap(torch.ones(40, 4).index_fill(0, torch.tensor([3]), 2), 0)
-    indices, distances, _ = given_to_umap["precomputed_knn"]
-    assert indices[:, 0].tolist() == list(range(40)) and (distances[:, 0] == 0).all()
-
-
-def test_a_map_leaves_torch_the_threads_it_had(given_to_umap):
-    """With more of them than processors, what follows takes ten times as long."""
+    monkeypatch.setattr("umap.UMAP", Compiled)
     before = torch.get_num_threads()
     common.fit_umap(torch.rand(20, 4), 0)
     assert torch.get_num_threads() == before

@@ -129,13 +129,6 @@ def test_what_is_no_test_lies_in_tools(project, target):
     assert f"[-m][tools.{target}]" in calls(project, target)["-m"]
 
 
-def test_lint_asks_ruff_for_faults_and_for_the_layout(project):
-    (project / "calls").write_text("")
-    make(project, "lint")
-    asked = (project / "calls").read_text()
-    assert "[ruff][check][.]" in asked and "[ruff][format][--check][.]" in asked
-
-
 # ---- Training anew -----------------------------------------------------------------------------
 
 
@@ -209,12 +202,6 @@ def test_with_fresh_other_flags_replace_all_results(project):
     assert "results was made by: make SEED=1." in make(project).stderr
 
 
-def test_a_change_of_flags_that_was_interrupted_goes_on_without_fresh(project):
-    calls(project)
-    assert make(project, "FRESH=1", "STEM=stride").returncode == 2
-    assert questions(calls(project, "STEM=stride2")) == ["q2", "q3", "q4", "q6"]
-
-
 def test_a_change_of_flags_that_was_interrupted_at_once_still_replaces_all_results(project):
     calls(project)
     assert make(project, "FRESH=1", "SEED=1", "asked").returncode == 0
@@ -244,13 +231,6 @@ def test_what_was_handed_in_is_not_trained_again_and_make_says_so(project):
     assert all(path.stat().st_mtime == OLD for path in models)
     for question in ("q1", *TRAINING):
         assert f"handed-in/{question} is left as it is" in finished.stdout
-
-
-def test_make_does_not_claim_to_know_how_a_hand_in_was_made(project):
-    results = hand_in(project)
-    (results / "made_with").unlink()
-    make(project, "RESULTS=handed-in")
-    assert not (results / "made_with").exists()
 
 
 def test_what_was_handed_in_is_trained_anew_with_fresh(project):
@@ -360,11 +340,6 @@ def python(project):
     return f"PYTHON={project / 'python'}"
 
 
-def test_an_environment_that_works_is_not_made_again(project, python):
-    calls(project, python)
-    assert not (project / "made").exists()
-
-
 def test_an_environment_whose_python_is_gone_is_made_anew(project, python):
     (project / ".venv" / "lost").touch()
     (project / ".venv" / "bin" / "python").unlink()
@@ -421,17 +396,3 @@ def test_make_says_what_to_do_about_a_machine_that_lacks_something(
 
 
 # ---- Line ends ---------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_a_clone_with_autocrlf_keeps_the_ends_of_lines_and_the_bytes_of_pictures(tmp_path):
-    source, clone = tmp_path / "source", tmp_path / "clone"
-    source.mkdir()
-    for name in (".gitattributes", "Makefile"):
-        shutil.copy(helpers.ROOT / name, source)
-    (source / "picture.png").write_bytes(b"bytes that look like text\r\n")
-    git = ["git", "-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for words in (["init"], ["add", "."], ["commit", "-m", "a"], ["clone", ".", clone]):
-        subprocess.run([*git, *words], cwd=source, capture_output=True, check=True)
-    for name in ("Makefile", "picture.png"):
-        assert (clone / name).read_bytes() == (source / name).read_bytes()

@@ -50,24 +50,6 @@ def network():
     return common.Network(nn.Sequential(nn.Flatten(), nn.Linear(3072, 512)), 10)
 
 
-def test_the_recipes_are_those_of_the_record():
-    record = (helpers.ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in record.split("\n")]
-    rows = {cells[0]: cells[1:4] for cells in rows if len(cells) == 5}
-    two, four, six = q2_train_ce.RECIPES, q4_adv_train.RECIPES, q6_angular.RECIPES
-    for position, stem in enumerate(common.STEMS):
-        found = {name: cells[position] for name, cells in rows.items()}
-        assert found["question 2: epochs"] == str(two[stem]["epochs"])
-        rate = f"{two[stem]['batch_size']}, {two[stem]['lr']:g}"
-        assert found["batch, peak rate"] == rate
-        assert ("TrivialAugment" in found["augmentation"]) == two[stem]["trivial_augment"]
-        assert found["question 4: epochs"] == str(four[stem]["epochs"])
-        rates = f"{four[stem]['lr']:g} / {four[stem]['lr_perturbed']:g}"
-        assert found["rate with FGM / without"] == rates
-        assert found["noise, in ε"] == f"{four[stem]['noise']:g}"
-        assert found["question 6: epochs, rate"] == f"{six[stem]['epochs']}, {six[stem]['lr']:g}"
-
-
 def test_near_duplicates_are_those_that_differ_in_brightness_and_contrast_alone():
     rng = torch.Generator().manual_seed(0)
     train = torch.randint(60, 200, (5, 3, 32, 32), generator=rng).byte()
@@ -156,6 +138,17 @@ def test_question_4_is_scored_on_perturbed_validation_images_and_under_pgd(
     assert settings == [8 / 255, 2 / 255, 20, "linf", None]
     monkeypatch.setattr(common, "pgd", lambda *arguments: (None, torch.tensor([20, 21, 21, 0])))
     assert evaluate() == {given["guard"]: 0.5}
+
+
+@pytest.mark.parametrize("under_fgm", [True, False])
+def test_only_training_with_fgm_stops_at_a_collapse(arguments_of, under_fgm):
+    recipe = helpers.tiny_recipe()
+    if not under_fgm:
+        del recipe["eps"]
+    data = helpers.tiny_data()
+    train = partial(q4_adv_train.train_variant, None, None, data, recipe, {}, None, False)
+    guard = arguments_of(common, "train", train)["guard"]
+    assert guard == (q4_adv_train.GUARD if under_fgm else None)
 
 
 def test_question_6_is_scored_on_validation_images(arguments_of, monkeypatch, network):

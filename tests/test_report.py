@@ -291,33 +291,6 @@ def test_ten_classes_of_one_true_accuracy_differ_in_about_one_test_of_twenty():
     assert 0.03 < np.mean(differ) < 0.07
 
 
-@pytest.mark.parametrize(
-    "perturbed, said",
-    [
-        (0.76, "Perturbation costs 9.2 points."),
-        (0.87, "Perturbation gains 1.8 points."),
-        (0.8515, "Perturbation changes accuracy by -0.0 points, within two standard errors."),
-    ],
-)
-def test_an_effect_is_said_by_sign_and_error(perturbed, said):
-    assert said in section(change(made_up(), "q3", Q2, {"perturbed": perturbed}), "q3")
-
-
-def test_what_an_error_means_is_said_once():
-    text = text_of(made_up())
-    for explanation in ("is a standard error", "may be chance", "one comparison in twenty"):
-        assert text.count(explanation) == 1
-    assert "table 2 has 18" in text
-
-
-def test_no_difference_of_one_run_is_called_an_effect_of_the_training():
-    for question in ("q4", "q6"):
-        sentences = re.split(r"(?<=[a-z])\. ", section(made_up(), question))
-        compared = [sentence for sentence in sentences if "differs from" in sentence]
-        assert compared
-        assert all("another seed" in each and "make seeds" in each for each in compared)
-
-
 def test_differences_of_models_are_those_on_the_same_images():
     found = made_up()
     right = right_of(found)
@@ -413,8 +386,8 @@ def test_that_the_direction_matters_is_said_only_where_noise_is_weaker(noise, sa
     ],
 )
 def test_pgd_beside_fgm(pgd, said):
-    text = section(change(made_up(), "q3", Q2, {"pgd": pgd}), "q3")
-    assert said in text
+    text = section(change(made_up(), "q3", Q2, {"pgd": pgd, "perturbed": 0.76}), "q3")
+    assert said in text and "Perturbation costs 9.2 points." in text
     assert ("Goodfellow" in text) == (pgd < 0.3)
 
 
@@ -556,19 +529,7 @@ def test_a_recipe_is_that_of_the_model():
     assert "SGD with Nesterov momentum, one-cycle learning rate up to 0.1" in text
 
 
-def test_a_setting_is_shown_without_the_digits_that_say_nothing():
-    found = change(made_up(), "q4", PERTURBED, recipe={**RECIPE, "eps": 8 / 255})
-    assert "| eps | | 0.0313725 |" in text_of(found)
-
-
 # ---- Sources, figures and tables -----------------------------------------------------------------
-
-
-def test_the_references_are_those_that_the_text_names():
-    text, references = text_of(made_up()).split("## References")
-    keys = re.findall(r"- (.*?): ", references)
-    assert len(keys) >= 15 and all(key in text for key in keys)
-    assert "Croce & Hein" not in references  # since AutoAttack has not run
 
 
 def test_every_source_in_the_code_is_listed():
@@ -600,15 +561,6 @@ def test_every_figure_and_table_has_a_number_that_the_text_names(word):
     named = numbers_named(" ".join(lines), word)
     expected = set(captions) - {"Q5"}
     assert len(expected) >= 7 and named == expected
-
-
-def test_the_contents_lead_to_every_question(tmp_path):
-    text = report.assemble(made_up(), right_of(made_up()))
-    results = written(tmp_path)
-    links = re.findall(r"\]\(#(.*?)\)", text)
-    hashes = report.bring_figures(report.read_results(results), results)
-    page = report.rendered(text, results, hashes)
-    assert len(links) == 9 and all(page.count(f"id='{link}'") == 1 for link in links)
 
 
 # ---- Two forms -----------------------------------------------------------------------------------
@@ -671,10 +623,6 @@ def test_what_comes_from_a_file_or_a_flag_is_text(monkeypatch, tmp_path):
     assert all(read not in page for read in ("<b>", "<em>x", 'href="b"', "<code>c"))
 
 
-def test_html_in_markdown_stays_text(tmp_path):
-    assert "a &lt;b&gt;c&lt;/b&gt;" in report.rendered("a <b>c</b>", tmp_path, {})
-
-
 def test_letters_that_utf_8_cannot_hold_are_shown_as_well_as_can_be(monkeypatch, tmp_path):
     text, page = run_report(monkeypatch, written(tmp_path), "--author", "Jos\udce9")
     assert "Jos\\\\udce9" in text and "Jos\\udce9 · made" in page
@@ -731,12 +679,6 @@ def test_what_cannot_be_compared_is_refused(error_line, tmp_path, question, key,
     found[question][key] = "another"
     line = error_line(report.main, "--results", written(tmp_path, found))
     assert f"different {meaning}" in line and f"python {helpers.SCRIPTS[question]}" in line
-
-
-def test_question_6_may_begin_with_any_weights_of_the_users_choice(monkeypatch, tmp_path):
-    found = made_up()
-    del found["q6"]["q2_sha256"]
-    run_report(monkeypatch, written(tmp_path, found))
 
 
 @pytest.mark.parametrize("content", [None, b"", png(wide=True)])
