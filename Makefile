@@ -103,7 +103,7 @@ REPORT  := $(VENV) report.py $(COMMON) $(if $(AUTHOR),--author="$$AUTHOR") $(if 
 
 # An author's name must also reach a report that is up to date.
 $(RESULTS)/report.html: report.py common.py $(wildcard q5_angular_loss.md) $(METRICS) \
-                        $(if $(AUTHOR)$(ID)$(NOTE),always)
+                        $(wildcard $(RESULTS)/autoattack.json) $(if $(AUTHOR)$(ID)$(NOTE),always)
 	$(REPORT)
 
 # The report of what is there: nothing else is made first.
@@ -130,8 +130,9 @@ verify: .venv/installed
 autoattack: .venv/installed
 	$(VENV) -m pip install --quiet $$(grep autoattack tests/requirements-peers.txt)
 	$(VENV) -m tools.autoattack $(COMMON)
+	$(REPORT)
 
-# Deletes the files that the scripts write, and a folder only when nothing else is in it.
+# Deletes all files of the kinds that the scripts write, and a folder only when nothing else is in it.
 WRITTEN := $(addprefix q[1-6]/,metrics.json *.pt *.npz *.png *.part) \
                made_with report.html report.md all_models.png autoattack.json *.part
 clean:

@@ -114,9 +114,7 @@ def load_data(args):
     split = load_split(path)
     if split["quick"] != args.quick:
         made = "with --quick" if split["quick"] else "without --quick"
-        raise UserError(
-            f"{path} was made {made}; run this script so, or first: {command_for(path)}"
-        )
+        raise UserError(f"{path} was made {made}; run this script so, or give another --results")
     images, labels = load_cifar10(args.data)
     print(f"{args.purpose} ({args.device}, {args.precision}; {one_line(args.results)})", flush=True)
     return split, parts_of(images, labels, split, args.device)
@@ -411,7 +409,7 @@ def train(model, data, step, batches, evaluate, recipe, origin, path, fresh=Fals
     if not fresh:
         state = _resumed(path, model, optimizer, state, guard)
     history, written = state["history"], time.perf_counter()
-    with _telling_how_to_go_on(path):
+    with _telling_how_to_go_on(path, fresh):
         while not _ended(history, recipe, guard):
             epoch, started = len(history), time.perf_counter()
             losses, correct = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
@@ -465,10 +463,10 @@ def _resumed(path, model, optimizer, new, guard):
 
 
 def _refuse_other_recipe(file, state, recipe, guard):
-    """Raise UserError if the recipe differs; once training has ended, PyTorch's version may."""
+    """Raise UserError if the recipe differs; once training has ended, the machine may."""
     before = state["recipe"]
     if _ended(state["history"], recipe, guard):
-        before = {**before, "torch": recipe["torch"]}
+        before = {**before, **{key: recipe[key] for key in ("torch", "device", "precision")}}
     changed = [
         f"{key} {before.get(key)!r}, now {recipe.get(key)!r}"
         for key in sorted({*before, *recipe})
@@ -494,14 +492,18 @@ def _notes_on_code(path, before, now):
 
 
 @contextlib.contextmanager
-def _telling_how_to_go_on(path):
-    """Say after Ctrl-C in training what is kept."""
+def _telling_how_to_go_on(path, fresh):
+    """Say after Ctrl-C in training what is kept. fresh: a state of before does not count."""
+    file = state_file_of(path)
+    before = file.stat().st_mtime_ns if fresh and file.exists() else None
     try:
         yield
     except KeyboardInterrupt:
-        kept = state_file_of(path).exists()
-        what = "goes on after its last epoch that was saved" if kept else "begins again"
-        print(f"\nTraining {what} with: {command_for(path)}", file=sys.stderr)
+        if file.exists() and file.stat().st_mtime_ns != before:
+            what = f"goes on after its last epoch that was saved with: {command_for(path)}"
+        else:
+            what = f"begins again with: {command_for(file if fresh else path)}"
+        print(f"\nTraining {what}", file=sys.stderr)
         raise
 
 
@@ -1235,11 +1237,13 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)}; see python {self.prog} --help\n")
 
 
+def folder(text):
+    """An argparse type: a path. In `--data=~/cifar` the shell leaves ~ as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def argument_parser(docstring):
     """Parser with the flags of every script; its --help shows the docstring."""
-
-    def folder(text):
-        return Path(os.path.expanduser(text))  # in `--data=~/cifar` the shell leaves ~ as it is
 
     parser = _OneLineParser(
         description=docstring,
@@ -1388,7 +1392,7 @@ def command_for(path):
 
     It names the Python that runs, and can be pasted. For a file of the running script it is the
     command that runs, with --fresh for the state of a training; for another's, that script with
-    those flags of the running one that every script has. A file in no question's folder is of an
+    the running one's folders, seed, mode and machine. A file in no question's folder is of an
     unknown script.
     """
     path = Path(path)
@@ -1403,7 +1407,9 @@ def command_for(path):
         data = ["--data", args.data] if args.data != Path("data") else []
         seed = ["--seed", args.seed] if args.seed and script != SCRIPTS["q1"] else []
         quick = ["--quick"] if args.quick else []
-        words = [*data, "--results", path.parent.parent, *seed, *quick]
+        device = ["--device", args.device] if args.device != "auto" else []
+        precision = ["--precision", args.precision] if args.precision != "auto" else []
+        words = [*data, "--results", path.parent.parent, *seed, *quick, *device, *precision]
     here = [_from_here(sys.executable), _from_here(Path(__file__).with_name(script))]
     return _quoted([*here, *words])
 
@@ -1455,8 +1461,8 @@ def write_file(path, content):
         if isinstance(error, FileExistsError):
             reason = f"{error.filename} is no folder, or a link to a place that is not there"
         raise UserError(
-            f"cannot write {path}: {reason}; make room or give another --results, then run the "
-            "same command again"
+            f"cannot write {path}: {reason}; make room or make the folder writable, then run the "
+            "same command again, without --fresh"
         ) from error
 
 
@@ -1469,7 +1475,7 @@ def _replace(source, target):
     os.replace(source, target)
 
 
-MAX_BYTES = 250_000_000  # a training's state, the largest of our files, has 180 MB
+MAX_BYTES = 250_000_000  # a training's state, the largest of our files, has up to 135 MB
 DAMAGE = (  # what numpy, torch and json raise for a file that is not what it should be
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
@@ -1615,14 +1621,20 @@ def load_checkpoint(path):
 
 
 def require_model(args, split):
-    """Question 2's checkpoint, as read_checkpoint returns it, with its model on args.device."""
+    """Question 2's checkpoint, as read_checkpoint returns it, with its model on args.device.
+
+    Raises UserError for another question's, and for one of another seed: the report could not
+    compare what is made from it.
+    """
     path = args.results / "q2" / "model.pt"
     checkpoint = read_checkpoint(path, split)
-    question = checkpoint["provenance"].get("question")
+    question, seed = (checkpoint["provenance"].get(key) for key in ("question", "seed"))
     if question != "q2":
         raise UserError(
             f"{path} belongs to question {question}; make the right one with: {command_for(path)}"
         )
+    if seed != args.seed:
+        raise UserError(f"{path} was trained with seed {seed}: give this script --seed {seed}")
     checkpoint["model"].to(args.device)
     return checkpoint
 
@@ -1707,7 +1719,7 @@ def write_metrics(folder, origin, metrics):
     question that measures models has them under `models`: a dict from the name that tables show to
     a dict with `accuracy` by condition and whatever else was measured.
     """
-    figures = {path.name: sha256(path.read_bytes()) for path in sorted(folder.glob("*.png"))}
+    figures = {path.name: sha256(path.read_bytes()) for path in sorted(folder.glob("[!.]*.png"))}
     metrics = {**origin, **metrics, "figures": figures, "peak_memory_mib": _peak_memory_mib()}
     if origin.get("device") == "cuda":
         metrics["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20

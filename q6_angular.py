@@ -119,8 +119,8 @@ def first_model(args, split):
     """The model to train, a dict that says where it comes from, and its first weights' SHA-256.
 
     The dict holds `stem`, which is that of question 2's model, so that all can be compared,
-    and `q2_sha256` where the weights are that model's. A backbone of another stem leaves the first
-    layer random. The third is None with imagenet and scratch.
+    and `q2_sha256` where the weights are that model's. A first layer of another shape stays random.
+    The third is None with imagenet and scratch.
     """
     checkpoint = common.require_model(args, split)
     about = {"stem": checkpoint["stem"]}

@@ -50,7 +50,7 @@ S3 | q2/reliability_test.png | reliability diagram on test.
 7 | q3/figure07_examples.png | original, perturbed and attacked test images, predicted class above.
 S4 | q3/by_epsilon.png | FGM and PGD-20 over epsilon.
 S5 | q3/pgd_by_step.png | PGD over its number of steps, on all test images.
-8 | q3/figure08_umap.png | perturbed and attacked test images in the map of figure 5.
+8 | q3/figure08_umap.png | perturbed and attacked test images in question 2's map, fitted again.
 9 | q4/figure09_accuracy_{}.png | accuracy per epoch, with PGD-20's.
 10 | q4/figure10_loss_{}.png | loss per epoch.
 11 | q4/figure11_umap_train_{}.png | UMAP of the perturbed training part.
@@ -421,8 +421,8 @@ is given."""
 
 {figures("S1")}
 
-How to read table 1, figure S1 (on {curve:,} test images) and what follows. 40 + 16 epochs are 16
-on top of the 40 behind question 2's weights. *Strongest* is PGD on cross-entropy and then on a
+How to read table 1, figure S1 (on {curve:,} test images) and what follows. Where epochs are a sum,
+the first are those behind question 2's weights. *Strongest* is PGD on cross-entropy and then on a
 margin, on {strongest:,} test images. Where not all test images are used, the split has drawn them.
 A number after ± is a standard error: how much the number would typically change with other test
 images. Where fewer than ten images are right or wrong, a 95 % interval (Wilson 1927) or limit
@@ -463,7 +463,7 @@ def conditions_table(found, models, right):
         begun = "q2_sha256" in found[question] and "q2" in found
         trainings = list(found["q2"]["models"].values()) if begun else []
         trainings += [model] if "recipe" in model else []
-        epochs = " + ".join(str(training["recipe"]["epochs"]) for training in trainings)
+        epochs = " + ".join(str(training["epoch_kept"]) for training in trainings)
         cells = []
         for condition, share in model["accuracy"].items():
             images = found["q1"]["n_test"]
@@ -725,8 +725,8 @@ def attack_sentences(model, of_model):
 {value["fgm"]} of the same: {direction} PGD-20 leaves {common.percent(shares["pgd"])} of all test
 images. {steps} The strongest attack leaves {strongest} of {model["strongest_images"]:,}. In L2 with
 epsilon 0.5, FGM leaves {l2["fgm"]}, and {l2["perturbed_fgm"]} of perturbed images. Rounding: of the
-{images:,} images FGM leaves {value["fgm"]} as measured and {value["fgm_float32"]} in float32
-throughout, PGD-20 {value["pgd"]} and {value["pgd_float32"]}."""
+{images:,} images FGM leaves {value["fgm"]} as measured and {value["fgm_float32"]} with a network in
+float32, PGD-20 {value["pgd"]} and {value["pgd_float32"]}."""
 
 
 def adversarial_section(found, right):
@@ -753,7 +753,7 @@ def adversarial_section(found, right):
 Asked: train on data perturbed as in question 3, without and with FGM in the loop. Done: model
 {plain(without)}: {described(plain_model["recipe"])}; model {plain(attacked)}:
 {described(robust["recipe"])}. First weights: {plain(q4["init"])}. The attack in the loop is N-FGSM
-(de Jorge et al. 2022) with noise of {robust["recipe"]["noise"]:g} epsilons, which is meant to
+(de Jorge et al. 2022) with noise of {robust["recipe"]["noise"]:g} epsilons. Noise is meant to
 prevent catastrophic overfitting. Table 1 has the numbers.
 
 {against(attacked, without, right, ("clean", "perturbed_fgm", "pgd"))}
@@ -881,7 +881,7 @@ def origin_section(found):
         "question": lambda metrics: metrics["question"],
         "seed": lambda metrics: metrics.get("seed", metrics.get("split_seed")),
         "precision": lambda metrics: metrics["precision"],
-        "commit": lambda metrics: metrics["git_commit"][:10],
+        "commit": lambda metrics: shortened(metrics["git_commit"]),
         "torch": lambda metrics: metrics["versions"]["torch"],
         "minutes": lambda metrics: f"{minutes(metrics):.1f}",
         "memory, MiB": lambda metrics: metrics.get(
@@ -895,7 +895,7 @@ def origin_section(found):
         machines.setdefault(machine, []).append(question)
     machines = "; ".join(f"{', '.join(run)} on {machine}" for machine, run in machines.items())
     recipes = {
-        plain(name): model["recipe"]
+        plain(name): {**model["recipe"], "trained by commit": shortened(model["git_commit"])}
         for metrics in found.values()
         for name, model in metrics.get("models", {}).items()
         if "recipe" in model
@@ -916,6 +916,11 @@ Table 6 tells where each number comes from{", table 7 every setting" if recipes 
 {table("Table 6: the run of each question.", list(columns), runs)}
 
 {table(caption, ["setting", *recipes], rows) if recipes else ""}"""
+
+
+def shortened(commit):
+    """Ten of a commit's digits, and its mark if files were changed."""
+    return commit[:10] + commit[40:]
 
 
 def minutes(metrics):

@@ -116,7 +116,7 @@ def small_checkpoint(**changes):
         "stem": "imagenet",
         "num_outputs": 10,
         "weights": weights,
-        "provenance": {"question": "q2", "split_sha256": "0" * 64},
+        "provenance": {"question": "q2", "split_sha256": "0" * 64, "seed": 0},
         **changes,
     }
 

@@ -43,7 +43,7 @@ def split(tmp_path):
 @pytest.fixture
 def question_2(tmp_path, split):
     """A checkpoint of question 2 for that split, in its place."""
-    origin = {"question": "q2", "split_sha256": split["sha256"]}
+    origin = {"question": "q2", "split_sha256": split["sha256"], "seed": 0}
     path = tmp_path / "q2" / "model.pt"
     common.write_file(path, helpers.torch_bytes(helpers.small_checkpoint(provenance=origin)))
     return path
@@ -192,7 +192,7 @@ def test_advice_names_the_interpreter_and_flags_so_that_it_can_be_pasted(
     flags = ["--data", "my data", "--results", "my res", "--seed", 3, "--quick", "--device", "cpu"]
     python, script, *rest = advised("q3_attack.py", flags, Path("my res/q2/model.pt"))
     assert python == sys.executable and Path(script) == helpers.ROOT / "q2_train_ce.py"
-    assert rest == ["--data", "my data", "--results", "my res", "--seed", "3", "--quick"]
+    assert rest == list(map(str, flags))
     rest = advised("q3_attack.py", flags, Path("my res/q1/split.npz"))[2:]
     assert "--seed" not in rest  # the split is seed 0's
 
@@ -239,6 +239,14 @@ def test_questions_4_and_6_begin_with_question_2_or_its_stem(
     own = common.read_checkpoint(question_2)["sha256"]
     assert about.get("q2_sha256") == (own if init == "q2" else None)
     assert (model.backbone.layer1[0].conv1.weight == 0).all() == (init == "q2")
+
+
+def test_a_model_of_another_seed_is_refused_before_hours_are_spent_on_it(
+    error_line, tmp_path, question_2, random_images
+):
+    """The report could not compare what is made from it."""
+    line = error_line(q4_adv_train.main, "--quick", "--results", tmp_path, "--seed", "3")
+    assert "trained with seed 0" in line and line.endswith("--seed 0")
 
 
 def test_a_checkpoint_to_start_from_must_be_of_this_split(

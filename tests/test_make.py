@@ -124,8 +124,17 @@ def test_pytorch_is_told_to_compute_on_the_cpu_what_apples_gpus_lack(project):
     assert (project / "fallback").read_text() == "1\n"
 
 
+def test_autoattacks_numbers_reach_the_report(project):
+    calls(project)
+    date(project / "results", OLD)
+    (project / "results" / "autoattack.json").touch()
+    assert list(calls(project)) == ["report.py"]
+    assert "report.py" in calls(project, "autoattack")
+
+
 @pytest.mark.parametrize("target", ["demo", "autoattack", "seeds", "bench"])
 def test_what_is_no_test_lies_in_tools(project, target):
+    (project / "results").mkdir()
     assert f"[-m][tools.{target}]" in calls(project, target)["-m"]
 
 

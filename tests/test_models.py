@@ -188,7 +188,8 @@ def test_a_checkpoint_that_holds_the_same_is_not_written_again(tmp_path):
 def test_question_6_takes_over_a_backbone_and_keeps_its_own_first_layer_where_stems_differ(
     tmp_path,
 ):
-    other, origin = tmp_path / "other.pt", {"question": "q2", "split_sha256": "0" * 64}
+    other = tmp_path / "other.pt"
+    origin = {"question": "q2", "split_sha256": "0" * 64, "seed": 0}
     other.write_bytes(helpers.torch_bytes(helpers.small_checkpoint()))
     first = common.resnet18(10, "stride2")
     common.save_checkpoint(tmp_path / "q2" / "model.pt", first, stem="stride2", provenance=origin)

@@ -71,14 +71,16 @@ def measured_model(shares, **changes):
 
 def trained_model(shares, file, **changes):
     """The same of a model that its question has trained."""
-    history = [{"accuracy": 0.9, "val_pgd": share, "seconds": 20.0} for share in (0.2, 0.34, 0.33)]
+    shares_of_pgd = [0.2] * 14 + [0.34, 0.33]
+    history = [{"accuracy": 0.9, "val_pgd": share, "seconds": 20.0} for share in shares_of_pgd]
     return {
         **measured_model(shares),
         "file": f"{file}.pt",
         "sha256": f"hash of {file}",
         "recipe": {**RECIPE, "noise": 2.0},
         "history": history,
-        "epoch_kept": 3,
+        "epoch_kept": 16,
+        "git_commit": "0123456789" * 4,
         "training_seconds": 300,
         **changes,
     }
@@ -94,7 +96,8 @@ def question_2():
         "reliability": [[0.5, 0.8, 0.85], [0.5, 0.8, 0.85]],
     }
     recipe = {**RECIPE, "epochs": 40, "trivial_augment": False}
-    model = trained_model(ACCURACY[Q2], "model", val=scores, test=scores, recipe=recipe)
+    changes = {"val": scores, "test": scores, "recipe": recipe, "epoch_kept": 40}
+    model = trained_model(ACCURACY[Q2], "model", **changes)
     return {key: value for key, value in model.items() if key not in measured_model(ACCURACY[Q2])}
 
 
@@ -107,7 +110,7 @@ def made_up():
         "hardware": "x86_64, AVX512, 2 of 2 processors",
         "precision": "float32",
         "versions": {"torch": "2.9.0"},
-        "git_commit": "0123456789abcdef",
+        "git_commit": "0123456789" * 4 + "-dirty",
         "n_test": N_TEST,
         "seconds": {"attack": 120.0},
         "figures": {},
@@ -447,6 +450,7 @@ def test_accuracy_on_validation_comes_with_its_images_and_its_error():
     assert "250 perturbed validation images was 33.00 % ± 3.0 after the last epoch" in text
     history = [{"val_pgd": 0.33, "seconds": 1.0}, {"val_pgd": 0.0, "seconds": 1.0}]
     collapsed = change(made_up(), "q4", ATTACKED, history=history, epoch_kept=1)
+    assert f"| {ATTACKED} | 40 + 1 |" in text_of(collapsed)
     text = section(collapsed, "q4")
     assert "training collapsed in epoch 2" in text and "fell from 33.00 % ± 3.0 to under" in text
     assert "those of epoch 1, chosen on validation" in text
@@ -484,6 +488,11 @@ def test_a_quick_run_gives_no_reasons_and_says_what_it_is():
     text = text_of(found)
     assert text.startswith("> Made with `--quick`") and "numbers mean nothing" in text
     assert "Why?" not in text and "Better than chance" not in text
+
+
+def test_the_commits_that_ran_and_that_trained_are_shown_with_their_mark():
+    text = text_of(made_up())
+    assert "| 0123456789-dirty |" in text and "| trained by commit | 0123456789 |" in text
 
 
 def test_epochs_before_a_training_are_counted_where_it_began_with_question_2():

@@ -5,6 +5,7 @@ One that goes on ends bit for bit where an uninterrupted one does.
 
 import random
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -60,19 +61,21 @@ def test_a_training_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeyp
     helpers.assert_same_training(killed / STATE, whole / STATE)
 
 
-@pytest.mark.parametrize(
-    "seconds, said",
-    [(0, "goes on after its last epoch that was saved with: "), (10**6, "begins again with: ")],
-)
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys, seconds, said):
-    def train():
-        helpers.train_linear(tmp_path / "q2" / "model.pt")
-
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("seconds", [0, 10**6])
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys, seconds, fresh):
+    path = tmp_path / "q2" / "model.pt"
+    if fresh:
+        helpers.train_linear(path)  # of which nothing is to be used
     monkeypatch.setattr(common, "STATE_EVERY", seconds)
-    monkeypatch.setattr("sys.argv", ["q2_train_ce.py", "--results", "res", "--fresh"])
+    flags = ["--results", "res", *(["--fresh"] if fresh else [])]
+    monkeypatch.setattr("sys.argv", ["q2_train_ce.py", *flags])
+    train = partial(helpers.train_linear, path, fresh=fresh)
     interrupt_in_the_second_epoch(lambda: common.run(train), SystemExit)
     *_, told, last = filter(None, capsys.readouterr().err.splitlines())
-    assert said in told and told.endswith("q2_train_ce.py --results res") and last == "Interrupted"
+    assert ("after its last epoch that was saved" if seconds == 0 else "begins again") in told
+    again = " --fresh" if fresh and seconds else ""
+    assert told.endswith("q2_train_ce.py --results res" + again) and last == "Interrupted"
 
 
 @pytest.mark.parametrize("seconds, epochs_kept", [(0, 1), (10**6, 0)])
@@ -153,8 +156,9 @@ def test_another_pytorch_may_measure_a_training_but_not_go_on_with_it(
 ):
     path = tmp_path / "model.pt"
     if accepted:
-        helpers.train_linear(path, torch="2.9.0")
-        assert helpers.train_linear(path, torch="2.10.0")["recipe"]["torch"] == "2.9.0"
+        first = helpers.train_linear(path)
+        again = helpers.train_linear(path, torch="2.10.0", device="cuda", precision="bfloat16")
+        assert again["recipe"] == first["recipe"]
     else:
         interrupt_in_the_second_epoch(lambda: helpers.train_linear(path, torch="2.9.0"))
         with pytest.raises(common.UserError, match="torch '2.9.0', now '2.10.0'"):

@@ -28,7 +28,8 @@ def batch():
 def test_a_variant_is_trained_and_measured_with_its_mean(tmp_path, monkeypatch, model, batch, name):
     data, args = {"train": batch, "val": batch}, helpers.tiny_args(results=tmp_path)
     monkeypatch.setattr(search, "ATTACKED", 5)
-    monkeypatch.setattr(common, "require_model", lambda args, split: {"model": model})
+    checkpoint = {"model": model, "stem": "imagenet"}
+    monkeypatch.setattr(common, "read_checkpoint", lambda path, split: checkpoint)
     monkeypatch.setattr(common, "write_torch", lambda *arguments: None)
     recipe = search.recipe_of(name, "imagenet", args, SPLIT)
     recipe |= {"epochs": 1, "batch_size": 10, "lr": 1e-4}

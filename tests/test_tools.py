@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+import torch
 
 import common
 import helpers
@@ -79,6 +80,14 @@ def test_autoattack_goes_on_where_it_ended_but_not_for_other_weights(tmp_path):
     counts = autoattack.counts_so_far(path, checkpoints)
     assert counts["same"] == kept["same"]
     assert counts["retrained"] == {"sha256": "new", "images": 0, "right": 0}
+
+
+def test_an_interrupted_autoattack_tells_of_no_model_that_it_has_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoattack, "survivors", lambda model, images, labels, seed: labels > 0)
+    counts, labels = {name: {"images": 0, "right": 0} for name in "ab"}, torch.arange(200) % 2
+    path = tmp_path / "autoattack.json"
+    autoattack.attack_others(None, torch.zeros(200, 1), labels, counts, "a", path, 0)
+    assert json.loads(path.read_text()) == {"a": {"images": 200, "right": 100}}
 
 
 def test_without_classifiers_autoattack_says_how_to_make_one(tmp_path):

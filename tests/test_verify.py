@@ -18,7 +18,6 @@ import q1_split
 import q2_train_ce
 import q6_angular
 import verify
-from tools import autoattack
 
 PERTURBED, WITH_FGM = "perturbed (q4)", "perturbed + FGM (q4)"
 FILES = {name: file for (_, name), file in verify.MODELS.items()}
@@ -216,7 +215,8 @@ def test_numbers_of_another_form_are_a_row(folder, content):
 
 def question_rows(folder, question):
     metrics = folder.found[question]
-    return list(verify.question_rows(question, metrics, folder.split, folder.known))
+    q2 = folder.found["q2"]
+    return list(verify.question_rows(question, metrics, folder.split, folder.known, q2))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,8 @@ def question_rows(folder, question):
         {"n_test": 99},
         {"split_sha256": "0" * 64},
         {"quick": False},
+        {"seed": 5},
+        {"stem": "cifar"},
         {"q2_sha256": "0" * 64},
     ],
 )
@@ -323,6 +325,18 @@ def with_history(folder, val_pgd, kept):
     model["history"], model["epoch_kept"] = [{"val_pgd": share} for share in val_pgd], kept
     folder.checkpoints[file] = checkpoint
     return answers(training_rows(folder, WITH_FGM))
+
+
+def test_another_perturbation_than_ours_is_named(folder, monkeypatch):
+    """A student may change it; then the accuracies differ, and a grader must see why."""
+    monkeypatch.setitem(common.PERTURBATION, "rotation", 30.0)
+    *_, row = training_rows(folder, PERTURBED)[:1]
+    assert row[1:] == (
+        f"{PERTURBED}: perturbation, by our constants",
+        "rotation 5.0",
+        "rotation 30.0",
+        False,
+    )
 
 
 def test_a_history_is_as_long_as_the_recipe_or_ends_in_a_collapse(folder):
@@ -616,27 +630,18 @@ def test_figures_hold_by_their_hashes_and_must_be_there(handed_in, folder):
     assert figures(handed_in, told) == [False]
 
 
-def autoattack_rows(results, folder, loaded, told):
-    (results / "autoattack.json").write_text(json.dumps({WITH_FGM: told}))
-    chosen = folder.split["test"]
-    test, args = (loaded[0][chosen], loaded[1][chosen]), helpers.tiny_args()
-    return answers(verify.autoattack_rows(results, folder.checkpoints, test, args))
+def test_autoattack_leaves_no_more_than_the_strongest_attack(tmp_path, folder):
+    def holds(**changes):
+        told = {"sha256": folder.known[FILES[WITH_FGM]], "images": 100, "right": left, **changes}
+        (tmp_path / "autoattack.json").write_text(json.dumps({WITH_FGM: told}))
+        return answers(verify.autoattack_rows(tmp_path, folder.checkpoints, folder.rights))
 
-
-def test_autoattack_is_run_again_on_some_images(monkeypatch, tmp_path, folder, loaded):
-    def every_third(model, images, labels, seed):
-        assert type(seed) is int
-        return torch.arange(len(labels)) % 3 == 0
-
-    monkeypatch.setattr(autoattack, "survivors", every_third)
-    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: True)
-    told = {"sha256": folder.known[FILES[WITH_FGM]], "images": 100, "right": 34}
-    given = tmp_path, folder, loaded
-    assert autoattack_rows(*given, told) == [True, True]
-    assert autoattack_rows(*given, {**told, "right": 60}) == [True, False]
-    assert autoattack_rows(*given, {**told, "sha256": "0" * 64}) == [False, True]
-    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None)
-    assert autoattack_rows(*given, told) == [True, verify.UNCHECKED]
+    left = int(folder.rights["q4"][WITH_FGM]["strongest"].sum())
+    assert holds() == [True]
+    assert holds(right=left + 10) == holds(right=-1) == holds(images=10**6) == [False]
+    assert holds(sha256="0" * 64) == [verify.ASK]
+    del folder.rights["q4"]
+    assert holds() == [verify.UNCHECKED]
 
 
 def test_a_report_holds_but_for_author_date_and_question_5():
@@ -644,9 +649,9 @@ def test_a_report_holds_but_for_author_date_and_question_5():
     handed_in = "A. Student · made 2026-01-02\n" + body.format("my own words")
     assembled = "made 2026-11-28\n" + body.format("the reference")
     assert verify.report_row(handed_in, assembled)[-1]
-    for forged in ("95.16", "more", "all"):
-        told = handed_in.replace({"95.16": "85.16"}.get(forged, forged), "another")
-        assert not verify.report_row(told, assembled)[-1]
+    for forged in ("85.16", "more", "all"):
+        assert not verify.report_row(handed_in.replace(forged, "another"), assembled)[-1]
+    assert not verify.report_row("\nContents: forged\n" + assembled, assembled)[-1]
 
 
 # ---- The verdict ---------------------------------------------------------------------------------

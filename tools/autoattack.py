@@ -20,7 +20,7 @@ BATCH = 100  # after each of which the counts are written
 
 def main():
     args = common.parse_arguments(common.argument_parser(__doc__))
-    path = args.results / "autoattack.json"
+    args.precision, path = "float32", args.results / "autoattack.json"
     split, data = common.load_data(args)
     images, labels = common.as_float(data["test"][0][:IMAGES]), data["test"][1][:IMAGES]
     checkpoints = classifiers(args.results, split)
@@ -56,12 +56,13 @@ def counts_so_far(path, checkpoints):
 
 
 def attack_others(model, images, labels, counts, name, path, seed):
-    """Attack the batches that are left, and write the counts of all models after each."""
+    """Attack the batches that are left, and write the counts so far after each."""
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
     for batch, target in common.with_bar(batches[counts[name]["images"] // BATCH :], name):
         counts[name]["right"] += int(survivors(model, batch, target, seed).sum())
         counts[name]["images"] += len(batch)
-        common.write_file(path, json.dumps(counts, indent=1).encode())
+        begun = {model: count for model, count in counts.items() if count["images"]}
+        common.write_file(path, json.dumps(begun, indent=1).encode())
 
 
 def survivors(model, images, labels, seed):

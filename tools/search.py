@@ -6,7 +6,7 @@ statistics made anew. A variant that has its rows is not trained again. Question
 the model that is trained with FGM. Several searches can share a GPU, each with its own --results.
 
 Reads   results/q1/split.npz, results/q2/model.pt for question 4's, CIFAR-10
-Writes  results/search.csv
+Writes  results/search.csv, results/search
 Run     python -m tools.search --stem cifar
         python -m tools.search --stem cifar --only "q2 mixup" "q2 recipe" --epochs 300 --seed 1
 """
@@ -29,6 +29,7 @@ import q4_adv_train
 ATTACKED = 2_000  # validation images for FGM, PGD-20 and the strongest attack
 HEADER = [
     "variant",
+    "stem",
     "epochs",
     "seed",
     "minutes",
@@ -52,8 +53,8 @@ def main():
     rows = list(csv.reader(path.read_text().splitlines())) if path.exists() else [HEADER]
     for name in args.only:
         recipe = recipe_of(name, stem, args, split)
-        key = [name, str(recipe["epochs"]), str(args.seed)]
-        if key in [row[:3] for row in rows]:
+        key = [name, stem, str(recipe["epochs"]), str(args.seed)]
+        if key in [row[:4] for row in rows]:
             continue
         started = time.perf_counter()
         origin = common.provenance(args, recipe["question"], split, seed=args.seed, stem=stem)
@@ -99,7 +100,10 @@ def trained(name, recipe, origin, args, split, data):
     torch.manual_seed(recipe["seed"])
     model = common.resnet18(len(common.CLASSES), recipe["stem"]).to(recipe["device"])
     if name.startswith("q4") and name != "q4 random weights":
-        model = common.require_model(args, split)["model"]
+        checkpoint = common.read_checkpoint(args.results / "q2" / "model.pt", split)
+        if checkpoint["stem"] != recipe["stem"]:
+            raise common.UserError(f"question 2's model has the stem {checkpoint['stem']}")
+        model = checkpoint["model"].to(recipe["device"])
     prepare(model, data["train"][0])
     images, labels = (part[: common.VALIDATION_SUBSET] for part in data["val"])
     weights = collections.deque(maxlen=max(1, recipe["epochs"] // 5))
