@@ -3,8 +3,8 @@
 Two models, both from question 2's weights, so that these epochs come on top of that question's
 (`--init scratch`: from random ones). `perturbed` sees every image with a new perturbation as in
 question 3 in every epoch; `perturbed_fgm_trained` sees such images under attack. Plain FGM
-training overfits catastrophically: after some epochs it resists FGM and nothing else (Wong et al.
-2020; Andriushchenko & Flammarion 2020). N-FGSM (de Jorge et al. 2022) is meant to prevent that at
+training can overfit catastrophically: after some epochs it resists FGM and nothing else (Wong et
+al. 2020; Andriushchenko & Flammarion 2020). N-FGSM (de Jorge et al. 2022) is meant to prevent that at
 no cost, by uniform noise of twice epsilon before the step and no projection after it. Whether it
 does is shown by PGD-20 accuracy on validation images after every epoch; where that collapses,
 raise `--noise`.
@@ -92,7 +92,7 @@ def parser():
         "--noise",
         type=common.between(float, 0, 1e9),
         help="before the FGM step in training, in epsilons; more where val_pgd collapses, "
-        "0 to see plain FGM training",
+        "0 for plain FGM training",
     )
     return flags
 
