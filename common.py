@@ -1403,13 +1403,17 @@ def command_for(path):
         fresh = ["--fresh"] if path.name.endswith(STATE_SUFFIX) else []
         words = [*(word for word in sys.argv[1:] if word != "--fresh"), *fresh]
     else:
-        args, _ = argument_parser("").parse_known_args()
-        data = ["--data", args.data] if args.data != Path("data") else []
-        seed = ["--seed", args.seed] if args.seed and script != SCRIPTS["q1"] else []
+        parser = argument_parser("")
+        args, _ = parser.parse_known_args()
+
+        def given(name):
+            value = getattr(args, name)
+            return [] if value == parser.get_default(name) else [f"--{name}", value]
+
+        seed = given("seed") if script != SCRIPTS["q1"] else []
         quick = ["--quick"] if args.quick else []
-        device = ["--device", args.device] if args.device != "auto" else []
-        precision = ["--precision", args.precision] if args.precision != "auto" else []
-        words = [*data, "--results", path.parent.parent, *seed, *quick, *device, *precision]
+        machine = [*given("device"), *given("precision")]
+        words = [*given("data"), "--results", path.parent.parent, *seed, *quick, *machine]
     here = [_from_here(sys.executable), _from_here(Path(__file__).with_name(script))]
     return _quoted([*here, *words])
 
@@ -1719,11 +1723,16 @@ def write_metrics(folder, origin, metrics):
     question that measures models has them under `models`: a dict from the name that tables show to
     a dict with `accuracy` by condition and whatever else was measured.
     """
-    figures = {path.name: sha256(path.read_bytes()) for path in sorted(folder.glob("[!.]*.png"))}
+    figures = {path.name: sha256(path.read_bytes()) for path in figures_in(folder)}
     metrics = {**origin, **metrics, "figures": figures, "peak_memory_mib": _peak_memory_mib()}
     if origin.get("device") == "cuda":
         metrics["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
     write_file(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False).encode())
+
+
+def figures_in(folder):
+    """The paths of a question's figures, without the ._ files that a Mac puts beside them."""
+    return sorted(folder.glob("[!.]*.png"))
 
 
 def _peak_memory_mib():

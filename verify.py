@@ -79,14 +79,15 @@ def main():
     data = common.parts_of(images, labels, split, args.device)
     found, rights, checkpoints = read_folder(rows, results)
     missing = [part for part in (*FIGURES, "report.md") if not (results / part).exists()]
-    known = {"q2/model.pt": found.get("q2", {}).get("q2_sha256")}  # where it was left out
+    q2 = found.get("q2", {})
+    known = {"q2/model.pt": q2.get("q2_sha256")}  # where it was left out
     known |= {file: checkpoint["sha256"] for file, checkpoint in checkpoints.items()}
     say_how_long(checkpoints, args)
 
     q1 = split_rows(split, images, labels, found.get("q1"))
     attempt(rows, "q1", "the split", rows.extend, q1)
     for question, metrics in found.items():
-        whole = question_rows(question, metrics, split, known, found.get("q2", {}))
+        whole = question_rows(question, metrics, split, known, q2)
         attempt(rows, question, "metrics.json", rows.extend, whole)
         attempt(rows, question, "figures", rows.extend, figure_rows(question, metrics, results))
     rows += distance_rows(checkpoints)
@@ -98,8 +99,7 @@ def main():
     attempt(rows, "all", "autoattack.json", rows.extend, referee)
     attempt(rows, "report", "report.md", rows.extend, report_rows(results))
     status = tell(rows, missing)
-    trained_by = found.get("q2", {}).get("seed", "unknown")
-    print(f"Seed of the split: {split['seed']}; of the trainings: {trained_by}")
+    print(f"Seed of the split: {split['seed']}; of the trainings: {q2.get('seed', 'unknown')}")
     sys.exit(status)
 
 
@@ -310,7 +310,7 @@ def question_rows(question, metrics, split, known, q2):
 
 def figure_rows(question, metrics, results):
     """A question's figures by their hashes, and whether it has those of the assignment."""
-    told, paths = metrics["figures"], sorted((results / question).glob("[!.]*.png"))
+    told, paths = metrics["figures"], common.figures_in(results / question)
     there = {path.name: read(results, f"{question}/{path.name}", file_sha256) for path in paths}
     found = {name: there.get(name) for name in {**told, **there}}
     lacking = [
