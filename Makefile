@@ -5,7 +5,7 @@
 #   make STEM=name     the network and its recipe: imagenet, stride2 or cifar (default: by device)
 #   make SEED=number   of everything but the split
 #   make FRESH=1       train anew whatever is out of date, for instance after a change of RECIPES
-#   make AUTHOR="..." ID="..." NOTE="..."     what stands at the head of the report (each can be left out)
+#   make AUTHOR="..." ID="..." NOTE="..."     your name, your number, a line for each page (each can be left out)
 #   make TORCH=cpu     on Linux without a GPU: a build of PyTorch without CUDA's several GB
 #   make PYTHON=name   the Python that .venv is made with (default: python3)
 #   make FLAGS="..."   flags for every script, for instance FLAGS="--device cuda"

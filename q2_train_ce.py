@@ -4,8 +4,8 @@ Reports accuracy on validation and test (per class too, with the confusion matri
 of the predicted probabilities, the curves of accuracy and loss, and a UMAP of the 512 numbers that
 the convolutional part ends in: fitted on train without labels, then applied to test.
 
-Reaches 85.16 % on test (three seeds, standard deviation 0.13) in 18 to 26 minutes of training on
-two cores of a Zen 4 EPYC; with `--stem cifar` 92.23 % (one run) in 301 minutes.
+Reaches 85.16 % on test (three seeds, standard deviation 0.13) in 18 minutes of training on two
+cores of a Zen 4 EPYC; with `--stem cifar` 92.23 % (one run) in 301 minutes.
 
 Reads   results/q1/split.npz, CIFAR-10
 Writes  results/q2: model.pt and the state of its training, figure03 to figure06, confusion and
