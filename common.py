@@ -1122,6 +1122,7 @@ def attack_warnings(accuracies, checks):
     accuracies: by CONDITIONS; checks: see attack_checks. Returns a list of sentences.
     """
     clean, fgm, pgd = (accuracies[name] for name in ("clean", "fgm", "pgd"))
+    chance = 1 / len(CLASSES)
     signs = [
         (
             pgd > fgm,
@@ -1135,11 +1136,11 @@ def attack_warnings(accuracies, checks):
         ),
         (
             checks["noise"] <= checks["fgm"],
-            f"Random noise (accuracy {percent(checks['noise'])}) hurts as much as FGM "
+            f"Random noise (accuracy {percent(checks['noise'])}) costs no less than FGM "
             f"({percent(checks['fgm'])}) on the same images.",
         ),
         (
-            checks["pgd_eps_1"] > 1 / len(CLASSES),
+            checks["pgd_eps_1"] - chance > 2 * standard_error(chance, checks["images"]),
             f"Accuracy is {percent(checks['pgd_eps_1'])} under PGD with eps = 1, where none should "
             "be above chance.",
         ),

@@ -23,7 +23,7 @@ from latex2mathml.converter import convert as mathml
 
 import common
 
-TITLE = "Generalization and Robustness: ResNet-18 on 20 % of CIFAR-10"
+TITLE = "Generalization and Robustness: ResNet-18 with few labels of CIFAR-10"
 QUESTIONS = ("q1", "q2", "q3", "q4", "q6")
 MEASURED = ("q3", "q4", "q6")  # those that measure models under all conditions
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ S2 | q2/confusion_test.png | confusion matrix on test, and accuracy per class.
 S3 | q2/reliability_test.png | reliability diagram on test.
 5 | q2/figure05_umap_train.png | UMAP of the backbone output, fitted on train without labels.
 6 | q2/figure06_umap_test.png | the test part in the map of figure 5.
-7 | q3/figure07_examples.png | original, perturbed and attacked test images, predicted class above.
+7 | q3/figure07_examples.png | test images that are right when clean; the predicted class above.
 S4 | q3/by_epsilon.png | FGM and PGD-20 over epsilon.
 S5 | q3/pgd_by_step.png | PGD over its number of steps, on all test images.
 8 | q3/figure08_umap.png | perturbed and attacked test images in question 2's map, fitted again.
@@ -58,7 +58,7 @@ S5 | q3/pgd_by_step.png | PGD over its number of steps, on all test images.
 13 | q6/figure13_accuracy.png | accuracy per epoch.
 13, continued | q6/figure13_loss.png | loss per epoch.
 14 | q6/figure14_umap.png | UMAP of the embeddings, fitted on train, and the test part in that map.
-15 | q6/figure15_examples.png | original, perturbed and attacked test images, voted class above.
+15 | q6/figure15_examples.png | test images that are right when clean; the voted class above.
 16 | q6/figure16_umap.png | perturbed and attacked test images in the map of figure 14.
 """
 SOURCES = """
@@ -85,7 +85,7 @@ Wang et al. 2021: ASK: adversarial soft k-nearest neighbor attack and defense, a
 Wilson 1927: Probable inference, the law of succession, and statistical inference, JASA
 Zhang et al. 2017: Understanding deep learning requires rethinking generalization, ICLR
 """
-# What others have found, for the sentences after "Why?", each said where the numbers bear it.
+# What others have found, each said where the numbers bear it.
 REASONS = """
 random labels | A network of this size can fit even random labels (Zhang et al. 2017).
 
@@ -97,27 +97,26 @@ towards another class (Fawzi et al. 2016).
 linear | FGM follows the gradient at the image alone, as if the loss were linear (Goodfellow et
 al. 2015). Where the loss bends, more and smaller steps find more (Madry et al. 2018).
 
-vanishing | That FGM leaves so much more than PGD says little about robustness: where a network is
-sure of a class, the gradient of cross-entropy vanishes (Carlini & Wagner 2017).
+far | FGM leaves so much more than PGD that FGM alone says little about robustness.
 
-smoothing | Label smoothing, used here, also makes attacks by gradients fail without making a
-network robust (Fu et al. 2020).
+smoothing | Label smoothing, used here, can raise accuracy under attacks by gradients without making
+a network robust (Fu et al. 2020).
 
 blind | The perturbation changes pixels by far more than FGM and costs less: it is drawn without a
 look at the network.
 
-loop | These runs agree with what others found: training on one kind of change hardly helps
-against another (Geirhos et al. 2018). The perturbation does not prepare for an attack, an attack
-in the loop does (Madry et al. 2018).
+loop | This run agrees with what others found: training on one kind of change hardly helps against
+another (Geirhos et al. 2018). Under PGD-20 the perturbation alone gained little or nothing, an
+attack in the loop much more (Madry et al. 2018).
 
 trade-off | One explanation of the lower accuracy on clean images is that a robust model has to do
 without features that predict the class but do not stand an attack (Tsipras et al. 2019).
 
-together | The loss asks only that images of a class lie together and apart from others, which may
-hold for the first weights already.
+together | One explanation of why training did not improve the vote: the loss asks only that images
+of a class lie together and apart from others, which may hold for the first weights already.
 
 vote | Under PGD-20 the vote does no better than question 2's classifier. Neighbours were proposed
-as a defence, and gradients find the images that fool it (Sitawarin & Wagner 2019).
+as a defence, and gradients find images that fool it (Sitawarin & Wagner 2019).
 """
 
 
@@ -273,8 +272,7 @@ def remarks(models):
 def reasons(borne):
     """Those of REASONS that the numbers bear, as a paragraph. borne: dict from name to bool."""
     named = dict(entry.split(" | ") for entry in REASONS.strip().split("\n\n"))
-    said = [named[name] for name, holds in borne.items() if holds]
-    return " ".join(["Why?", *said]) if said else ""
+    return " ".join(named[name] for name, holds in borne.items() if holds)
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -306,26 +304,39 @@ def unpaired(before, after, images_before, images_after):
 
 def effect(cause, difference):
     """A sentence on what something does to the accuracy of a model."""
+    points = shown(difference.points, difference.points)
     if difference.sign == 0:
-        points = f"{difference.points:+.1f} points"
-        return f"{cause} changes accuracy by {points}, within two standard errors."
+        return f"{cause} changes accuracy by {points} points, within two standard errors."
     verb = "gains" if difference.sign > 0 else "costs"
-    return f"{cause} {verb} {abs(difference.points):.1f} points."
+    return f"{cause} {verb} {points[1:]} points."
 
 
-def with_error(share, images):
-    """An accuracy on so many images and its standard error.
+def shown(points, beside):
+    """Points with their sign: two digits after the point where `beside`, in points, has 0.0."""
+    return f"{points:+.{2 if 0 < abs(beside) < 0.05 else 1}f}"
 
-    Near 0 or 1, where a standard error says little, a limit or interval of 95 % (Wilson 1927).
+
+def with_limits(share, images):
+    """An accuracy on so many images; where fewer than ten are right or wrong, with limits of 95 %.
+
+    Those are the interval of Wilson (1927), or the limit that none right, or none wrong, sets.
     """
     wrong = images - round(share * images)
     if wrong in (0, images):
-        limit = 1 - 0.05 ** (1 / images)
+        limit = math.ceil(1e4 * (1 - 0.05 ** (1 / images))) / 1e4
         return f"over {common.percent(1 - limit)}" if share else f"under {common.percent(limit)}"
     if min(wrong, images - wrong) < 10:
         low, high = wilson(share, images)
         return f"{common.percent(share)} ({100 * low:.2f} to {common.percent(high)})"
-    return f"{common.percent(share)} ± {100 * common.standard_error(share, images):.1f}"
+    return common.percent(share)
+
+
+def with_error(share, images):
+    """The same, with its standard error where that says something."""
+    accuracy = with_limits(share, images)
+    if accuracy != common.percent(share):
+        return accuracy
+    return f"{accuracy} ± {100 * common.standard_error(share, images):.1f}"
 
 
 def wilson(share, images):
@@ -339,6 +350,11 @@ def wilson(share, images):
 def is_above_chance(share, images):
     """Whether an accuracy is above that of guessing by more than two standard errors."""
     return share - CHANCE > 2 * common.standard_error(CHANCE, images)
+
+
+def is_of_use(*shares):
+    """Whether accuracies are so far above guessing that the model has learned something."""
+    return min(shares) >= 2 * CHANCE
 
 
 def classes_differ(per_class, images):
@@ -408,26 +424,34 @@ def summary_section(found, right):
     q1, models = found["q1"], {name: model for _, name, model in measured(found)}
     text = f"""## Summary
 
-ResNet-18 was trained on {q1["n_train"]:,} images of CIFAR-10 and tested on {q1["n_test"]:,} others.
-FGM and PGD act in pixel space on images in [0, 1], in L-infinity with epsilon 8/255 unless another
-is given."""
+ResNet-18 has {q1["n_train"]:,} images of CIFAR-10 to train on and {q1["n_test"]:,} others to be
+tested on."""
     if not models:
         return text
     curve = min(model["by_eps"]["images"] for model in models.values())
     strongest = min(model["strongest_images"] for model in models.values())
+    step = 255 * common.PGD_STEP_SIZE
     return f"""{text} {"" if q1["quick"] else conclusions(found)}
 
 {conditions_table(found, models, right)}
 
 {figures("S1")}
 
-How to read table 1, figure S1 (on {curve:,} test images) and what follows. Where epochs are a sum,
-the first are those behind question 2's weights. *Strongest* is PGD on cross-entropy and then on a
-margin, on {strongest:,} test images. Where not all test images are used, the split has drawn them.
-A number after ± is a standard error: how much the number would typically change with other test
-images. Where fewer than ten images are right or wrong, a 95 % interval (Wilson 1927) or limit
-stands instead. Accuracies on the same images are compared image by image (McNemar 1947, Edwards
-1948). A difference *within two standard errors* may be chance.
+How to read table 1, figure S1 and what follows:
+
+- Epochs: "40 + 16" are 40 of question 2, with whose weights the training began, and 16 more. A
+  question mark stands for those behind other weights.
+- FGM and PGD act in pixel space on images in [0, 1], in L-infinity with epsilon 8/255 unless
+  another is given. PGD-20 takes up to 20 steps of {step:g}/255 from the given image.
+- *Strongest* is PGD-20 on cross-entropy, and then on a margin for the images that are still right:
+  the gradient of cross-entropy vanishes where a network is sure (Carlini & Wagner 2017). It is
+  measured on {strongest:,} test images, figure S1 on {curve:,}: the first ones, whose order the
+  split has drawn.
+- A number after ± is a standard error: how much the number would typically change with other test
+  images. Where fewer than ten images are right or wrong, a 95 % interval (Wilson 1927) or limit
+  stands in table 1 instead.
+- Where it is known which images were right, accuracies on the same images are compared image by
+  image (McNemar 1947, Edwards 1948). A difference *within two standard errors* may be chance.
 
 {comparison(models, right)}
 
@@ -439,20 +463,25 @@ def conclusions(found):
     models, percent, said = {name: model for _, name, model in measured(found)}, common.percent, []
     if common.CROSS_ENTROPY in models:
         shares = models[common.CROSS_ENTROPY]["accuracy"]
-        value = {condition: percent(share) for condition, share in shares.items()}
+        n_test = found["q1"]["n_test"]
+        value = {key: with_limits(shares[key], n_test) for key in shares if key != "strongest"}
         said.append(
             f"Trained with cross-entropy, it is right on {value['clean']} of the test images; the "
             f"perturbation of question 3 leaves {value['perturbed']}, FGM {value['fgm']}, PGD-20 "
             f"{value['pgd']}."
         )
     better = "; ".join(
-        f"{plain(name)} ({percent(shares['pgd'])}, clean {percent(shares['clean'])})"
-        for name, shares in ((name, model["accuracy"]) for name, model in models.items())
-        if is_above_chance(shares["pgd"], found["q1"]["n_test"])
+        f"{plain(name)} with {percent(model['accuracy']['strongest'])} "
+        f"(clean: {percent(model['accuracy']['clean'])})"
+        for name, model in models.items()
+        if is_above_chance(model["accuracy"]["strongest"], model["strongest_images"])
     )
-    said.append(f"Better than chance under PGD-20: {better or 'none of the models'}.")
-    if any(model["warnings"] for model in models.values()):
-        said.append("The checks of the attacks give warnings, which stand with the questions.")
+    said.append(f"Better than chance under the strongest attack: {better or 'none of the models'}.")
+    warned = ", ".join(plain(name) for name, model in models.items() if model["warnings"])
+    if warned:
+        said.append(
+            f"The checks of the attacks warn, as the questions say, of the numbers of: {warned}."
+        )
     return " ".join(said)
 
 
@@ -460,26 +489,31 @@ def conditions_table(found, models, right):
     """Table 1: all models under all conditions."""
     best, rows = {key: best_under(key, models, right) for key in common.CONDITIONS}, []
     for question, name, model in measured(found):
-        begun = "q2_sha256" in found[question] and "q2" in found
-        trainings = list(found["q2"]["models"].values()) if begun else []
-        trainings += [model] if "recipe" in model else []
-        epochs = " + ".join(str(training["epoch_kept"]) for training in trainings)
         cells = []
         for condition, share in model["accuracy"].items():
-            images = found["q1"]["n_test"]
+            cell = with_limits(share, found["q1"]["n_test"])
             if condition == "strongest":
-                images = model["strongest_images"]
-            exact = condition != "strongest" and 0 < share < 1
-            cell = common.percent(share) if exact else with_error(share, images)
+                cell = with_error(share, model["strongest_images"])
             cells.append(f"**{cell}**" if name in best[condition] else cell)
-        rows.append([plain(name), epochs, *cells])
-    caption = "Table 1: accuracy on test; bold: the best, and others within two standard errors."
+        rows.append([plain(name), epochs(found, question, model), *cells])
+    bold = "; bold: the best, and others within two standard errors" if any(best.values()) else ""
+    caption = f"Table 1: accuracy on test{bold}."
     return table(caption, ["model", "epochs", *common.CONDITIONS.values()], rows)
+
+
+def epochs(found, question, model):
+    """How long a model was trained, with the epochs behind its first weights, such as 40 + 16."""
+    metrics, said = found[question], []
+    if "q2_sha256" in metrics and "q2" in found:
+        said = [str(first["epoch_kept"]) for first in found["q2"]["models"].values()]
+    elif metrics.get("init", "q2") != "scratch":
+        said = ["?"]
+    return " + ".join([*said, *([str(model["epoch_kept"])] if "recipe" in model else [])])
 
 
 def best_under(condition, models, right):
     """The names of the best models under a condition: none where none is better than chance."""
-    if not models.keys() <= right.keys():
+    if len(models) == 1 or not models.keys() <= right.keys():
         return []
     images = {name: right[name][condition] for name in models}
     first = max(images, key=lambda name: images[name].mean())
@@ -492,7 +526,7 @@ def comparison(models, right):
     """Each model beside the first one on the same images, and the best under each condition."""
     missing = ", ".join(plain(name) for name in models if name not in right)
     if missing:
-        return f"Models are not compared image by image, since right.npz is missing for: {missing}."
+        return f"There is no table 2, since right.npz is missing for: {missing}."
     reference, *others = models
     if not others:
         return ""
@@ -504,23 +538,27 @@ def comparison(models, right):
         for name in others
     ]
     caption = (
-        f"Table 2: accuracy minus that of {plain(reference)} on the same images, in points; bold "
+        f"Table 2: accuracy minus that of {plain(reference)} on the same images, in points; bold: "
         "beyond two standard errors."
     )
     return f"""{table(caption, ["model", *common.CONDITIONS.values()], rows)}
 
-About one comparison in twenty is beyond two standard errors by chance; table 2 has
-{len(others) * len(common.CONDITIONS)}. Its errors are those of drawing test images. Another seed
-moves accuracies as well: no difference that one run shows is an effect of the training before
+Between equal models, about one comparison in twenty is beyond two standard errors by chance; table
+2 has {len(others) * len(common.CONDITIONS)}. Its errors are those of drawing test images. Another
+seed moves accuracies as well: no difference that one run shows is an effect of the training before
 `make seeds` has shown it."""
 
 
 def cell(difference):
     """A Difference as a cell of a table."""
-    shown = f"{difference.points:+.1f}"
-    if difference.error > 0:
-        shown += f" ± {difference.error:.1f}"
-    return f"**{shown}**" if difference.sign else shown
+    said = with_its_error(difference)
+    return f"**{said}**" if difference.sign else said
+
+
+def with_its_error(difference):
+    """A Difference in points, with its standard error."""
+    error = shown(difference.error, difference.points)
+    return f"{shown(difference.points, difference.points)} ± {error[1:]}"
 
 
 def autoattack_sentences(models, right):
@@ -530,11 +568,11 @@ def autoattack_sentences(models, right):
         if "autoattack" in model:
             images = model["autoattack"]["images"]
             left = with_error(model["autoattack"]["right"] / images, images)
-            said.append(f"{plain(name)} keeps {left} of {images:,} test images")
+            said.append(f"{plain(name)} {left} on {images:,} test images")
             if name in right:
                 share = right[name]["strongest"][:images].mean()
-                said[-1] += f" (under the strongest attack {common.percent(share)} of the same)"
-    return f"Under AutoAttack (Croce & Hein 2020) {'; '.join(said)}." if said else ""
+                said[-1] += f" (under table 1's *strongest* {common.percent(share)} on the same)"
+    return f"Accuracy under AutoAttack (Croce & Hein 2020): {'; '.join(said)}." if said else ""
 
 
 # ---- The questions -------------------------------------------------------------------------------
@@ -554,10 +592,10 @@ varied less (Kohavi 1995).
 
 {figures("1", "2")}
 
-Leakage: {duplicates["near"]} test images ({common.percent(duplicates["near"] / q1["n_test"])}) have
-a near duplicate in the training part: one whose pixels correlate by at least
-{duplicates["near_means_correlation_from"]}. Of these, {duplicates["exact"]} have an exact copy
-there. CIFAR-10 is known for such pairs (Barz & Denzler 2020)."""
+Leakage: test images with a near duplicate in the training part, one whose pixels correlate by at
+least {duplicates["near_means_correlation_from"]}: {duplicates["near"]}
+({common.percent(duplicates["near"] / q1["n_test"])}). Among them, with an exact copy there:
+{duplicates["exact"]}. CIFAR-10 is known for such pairs (Barz & Denzler 2020)."""
 
 
 def training_section(found, right):
@@ -583,7 +621,7 @@ def training_section(found, right):
     )
     return f"""## Question 2: cross-entropy
 
-Asked: train ResNet-18 from random weights with cross-entropy. Done: {described(model["recipe"])},
+Asked: train ResNet-18 from random weights with cross-entropy. Done: {described(model)},
 augmentation by {chosen}shifts, mirroring and cutout. Table 3 is the outcome.
 
 {table("Table 3: the trained network on held-out images.", header, rows)}
@@ -596,14 +634,15 @@ In the last epoch it was right on {common.percent(fitted)} of the augmented trai
 3 and 4), and after that epoch on {common.percent(tested)} of the test images. {why}
 
 Figure S2 shows which classes are taken for which.
-{hardest_class(model["test"]["accuracy_per_class"], q1["n_test"])} Figure S3: {calibration(model)}
+{hardest_class(model["test"]["accuracy_per_class"], q1["n_test"])} Figure S3:
+{calibration(model, q1["n_test"])}
 
 {figures("S2", "S3")}
 
-Figures 5 and 6 are maps of the 512 numbers in which the convolutional part ends. In all maps,
-colours are true classes. They show which images are neighbours, and so which classes touch. The
-size of an island and its distance from another say little: UMAP keeps near neighbours together
-above all (McInnes et al. 2018).
+Figures 5 and 6 are maps of the 512 outputs of the convolutional part. In all maps, colours are true
+classes. The maps show which images are neighbours, and so which classes touch. The size of an
+island and its distance from another say little: UMAP keeps near neighbours together above all
+(McInnes et al. 2018).
 
 {figures("5", "6")}"""
 
@@ -611,24 +650,25 @@ above all (McInnes et al. 2018).
 def hardest_class(per_class, n_test):
     """The classes of the lowest and the highest accuracy, where classes differ at all."""
     images = n_test // len(common.CLASSES)
-    low, high = min(per_class, key=per_class.get), max(per_class, key=per_class.get)
     if not classes_differ(per_class, images):
-        return "That one class is harder than another does not show (chi-square test, 5 %)."
+        return "These images do not show that one class is harder than another (chi-square, 5 %)."
+    low, high = min(per_class, key=per_class.get), max(per_class, key=per_class.get)
     return (
-        "The ten classes differ (chi-square test, 5 %): the lowest accuracy on test is that of "
+        "The ten classes differ (chi-square, 5 %): the lowest accuracy on test is that of "
         f"{plain(low)}, {with_error(per_class[low], images)}, the highest that of {plain(high)}, "
         f"{with_error(per_class[high], images)}."
     )
 
 
-def calibration(model):
+def calibration(model, n_test):
     """Whether the predicted probabilities are too high, too low or right on average."""
     gap = sum(
         share * (confidence - accuracy)
         for share, confidence, accuracy in model["test"]["reliability"]
     )
-    if abs(gap) < 0.01:
-        return "the probabilities are right on average."
+    near = max(0.01, 2 * common.standard_error(model["test"]["accuracy"], n_test))
+    if abs(gap) < near:
+        return f"on average the probabilities match the accuracy, within {100 * near:.1f} points."
     points = f"{abs(100 * gap):.1f} points too {'high' if gap > 0 else 'low'} on average"
     if gap > 0:
         return f"the probabilities are {points}, as those of many networks (Guo et al. 2017)."
@@ -640,30 +680,32 @@ def calibration(model):
 def attack_section(found, right):
     q3, smoothing = found["q3"], 0
     ((name, model),) = q3["models"].items()
-    of_model, checks = right.get(name), model["checks"]
+    of_model = right.get(name)
     rows = [[plain(part), common.percent(share)] for part, share in model["by_part"].items()]
     rows.append(["all three", common.percent(model["accuracy"]["perturbed"])])
     sound = not (q3["quick"] or model["warnings"])
-    noise = unpaired(checks["noise"], checks["fgm"], checks["images"], checks["images"])
     causes = {"perturbed": "Perturbation", "fgm": "FGM", "perturbed_fgm": "Their combination"}
-    effects, steps, perturbed = "", Difference(0, 0, 0), Difference(0, 0, 0)
+    effects, steps, harmless = "", Difference(0, 0, 0), False
     if of_model:
         effects = " ".join(
             effect(cause, paired(of_model["clean"], of_model[condition]))
             for condition, cause in causes.items()
         )
         steps = paired(of_model["fgm"], of_model["pgd"])
-        perturbed = paired(of_model["perturbed"], of_model["fgm"])
+        harmless = (
+            paired(of_model["clean"], of_model["perturbed"]).sign < 0
+            and paired(of_model["perturbed"], of_model["fgm"]).sign < 0
+        )
     if "q2" in found:
         smoothing = found["q2"]["models"][name]["recipe"].get("label_smoothing", 0)
     far = sound and steps.sign < 0 and steps.points < -10
     why = reasons(
         {
-            "features": sound and noise.sign < 0,
+            "features": sound and direction_counts(model) == "most",
             "linear": sound and steps.sign < 0,
-            "vanishing": far,
+            "far": far,
             "smoothing": far and smoothing > 0,
-            "blind": sound and perturbed.sign < 0,
+            "blind": sound and harmless,
         }
     )
     return f"""## Question 3: perturbation and attack
@@ -676,20 +718,20 @@ Figure 7 has examples, table 1 the numbers. {effects}
 
 {table("Table 4: each part of the perturbation alone.", ["part", "accuracy"], rows)}
 
-{costliest_part(model, found["q1"]["n_test"])} {attack_sentences(model, of_model)}
+{costliest_part(model, found["q1"]["n_test"])} {attack_sentences(q3, model, of_model)}
 
 {remarks(q3["models"])}
 
 {why}
 
-Figures S4 (on {model["by_eps"]["images"]:,} test images) and S5 show how accuracy falls with
-epsilon and with PGD's steps.
+Figure S4 shows accuracy over epsilon (on {model["by_eps"]["images"]:,} test images), figure S5 over
+PGD's steps.
 
 {figures("S4", "S5")}
 
-In figure 8 a colour on another's island is an image in the neighbourhood of a wrong class. Images
-that are misclassified without any change lie there, too. The map cannot show how small a change
-brought an image there.
+In figure 8 a dot among dots of another colour is an image in the neighbourhood of a wrong class.
+Images that are misclassified without any change lie there, too. The map cannot show how small a
+change brought an image there.
 
 {figures("8")}"""
 
@@ -704,7 +746,17 @@ def costliest_part(model, images):
     return "Table 4 does not show that one part costs more than the others."
 
 
-def attack_sentences(model, of_model):
+def direction_counts(model):
+    """How FGM's change compares with noise of its size: a key of the sentences about that."""
+    checks, clean = model["checks"], model["by_eps"]["fgm"][0]
+    found = unpaired(checks["noise"], checks["fgm"], checks["images"], checks["images"])
+    if found.sign < 0:
+        most = checks["noise"] - checks["fgm"] > clean - checks["noise"]
+        return "most" if most else "some"
+    return "less" if found.sign > 0 else "none"
+
+
+def attack_sentences(metrics, model, of_model):
     """What noise, more steps, another loss and rounding do beside FGM, as the numbers allow.
 
     of_model: dict from condition to which images are right, or None where that is not known.
@@ -712,34 +764,50 @@ def attack_sentences(model, of_model):
     checks, images, shares = model["checks"], model["checks"]["images"], model["accuracy"]
     value = {key: common.percent(checks[key]) for key in checks if key != "images"}
     l2 = {key: common.percent(share) for key, share in model["accuracy_l2"].items()}
-    strongest = with_error(shares["strongest"], model["strongest_images"])
+    count = model["strongest_images"]
+    strongest = with_error(shares["strongest"], count)
     direction = {
-        -1: "at this epsilon the direction of a change matters more than its size.",
-        0: "the two are within two standard errors, so that the direction does not show to matter.",
-        1: "noise is the stronger, so that the gradient says little here.",
-    }[unpaired(checks["noise"], checks["fgm"], images, images).sign]
-    steps = ""
+        "most": "what FGM costs is due more to its direction than to its size.",
+        "some": "FGM's direction costs more than a random one of the same size.",
+        "none": "a difference within two standard errors.",
+        "less": "noise is the stronger, so that the gradient says little here.",
+    }[direction_counts(model)]
+    steps, same = "", ""
     if of_model:
-        steps = effect("Taking 20 steps, not one,", paired(of_model["fgm"], of_model["pgd"]))
-    return f"""Random noise of FGM's size leaves {value["noise"]} of {images:,} test images, FGM
-{value["fgm"]} of the same: {direction} PGD-20 leaves {common.percent(shares["pgd"])} of all test
-images. {steps} The strongest attack leaves {strongest} of {model["strongest_images"]:,}. In L2 with
-epsilon 0.5, FGM leaves {l2["fgm"]}, and {l2["perturbed_fgm"]} of perturbed images. Rounding: of the
-{images:,} images FGM leaves {value["fgm"]} as measured and {value["fgm_float32"]} with a network in
-float32, PGD-20 {value["pgd"]} and {value["pgd_float32"]}."""
+        steps = effect("PGD-20 in place of FGM", paired(of_model["fgm"], of_model["pgd"]))
+        same = f" (under PGD-20 alone {common.percent(of_model['pgd'][:count].mean())})"
+    rounding = "All was computed in float32."
+    if metrics["precision"] != "float32":
+        rounding = (
+            f"Rounding: on {images:,} images accuracy under FGM is {value['fgm']} as measured and "
+            f"{value['fgm_float32']} with a network in float32, under PGD-20 {value['pgd']} and "
+            f"{value['pgd_float32']}."
+        )
+    return f"""On {images:,} test images accuracy is {value["noise"]} under random noise of FGM's
+size, and {value["fgm"]} under FGM: {direction} On all test images it is
+{common.percent(shares["pgd"])} under PGD-20. {steps} On {count:,} test images it is {strongest}
+under the strongest attack{same}. In L2 with epsilon 0.5 it is {l2["fgm"]} under FGM, and
+{l2["perturbed_fgm"]} where perturbed images are attacked so. {rounding}"""
 
 
 def adversarial_section(found, right):
     q4 = found["q4"]
     (without, plain_model), (attacked, robust) = q4["models"].items()
     helps = attack_training_helps(found, right)
+    whole = robust["epoch_kept"] == robust["recipe"]["epochs"]
     why = reasons(
         {
             "loop": helps,
             "trade-off": helps
+            and whole
             and paired(right[without]["clean"], right[attacked]["clean"]).sign < 0,
         }
     )
+    noise = robust["recipe"]["noise"]
+    attack = f"""N-FGSM (de Jorge et al. 2022) with uniform noise of up to {noise:g} times epsilon.
+Noise is meant to prevent catastrophic overfitting"""
+    if noise == 0:
+        attack = "plain FGM, without noise"
     trainings = "\n\n".join(
         f"Validation, {plain(name)}: {overfitting(model, q4['n_val_pgd'])}"
         for name, model in q4["models"].items()
@@ -751,16 +819,14 @@ def adversarial_section(found, right):
     return f"""## Question 4: training on perturbed and attacked data
 
 Asked: train on data perturbed as in question 3, without and with FGM in the loop. Done: model
-{plain(without)}: {described(plain_model["recipe"])}; model {plain(attacked)}:
-{described(robust["recipe"])}. First weights: {plain(q4["init"])}. The attack in the loop is N-FGSM
-(de Jorge et al. 2022) with noise of {robust["recipe"]["noise"]:g} epsilons. Noise is meant to
-prevent catastrophic overfitting. Table 1 has the numbers.
+{plain(without)}: {described(plain_model)}; model {plain(attacked)}: {described(robust)}. First
+weights: {plain(q4["init"])}. The attack in the loop is {attack}. Table 1 has the numbers.
 
 {against(attacked, without, right, ("clean", "perturbed_fgm", "pgd"))}
 
 {trainings}
 
-The attacks on {plain(attacked)}: {attack_sentences(robust, right.get(attacked))}
+The attacks on {plain(attacked)}: {attack_sentences(q4, robust, right.get(attacked))}
 
 {remarks(q4["models"])}
 
@@ -779,8 +845,8 @@ def against(name, reference, right, conditions):
     for condition in conditions:
         difference = paired(right[reference][condition], right[name][condition])
         within = "" if difference.sign else ", within two standard errors"
-        points = f"{difference.points:+.1f} ± {difference.error:.1f} points"
-        said.append(f"{points} ({common.CONDITIONS[condition]}{within})")
+        points = with_its_error(difference)
+        said.append(f"{points} points ({common.CONDITIONS[condition]}{within})")
     return (
         f"On the same test images {plain(name)} differs from {plain(reference)} by "
         f"{', '.join(said)}; another seed moves accuracies as well, so that only `make seeds` can "
@@ -789,17 +855,23 @@ def against(name, reference, right, conditions):
 
 
 def attack_training_helps(found, right):
-    """Whether FGM in the loop, and not the perturbation alone, goes with accuracy under PGD."""
-    q4, n_test = found["q4"], found["q1"]["n_test"]
+    """Whether FGM in the loop, and hardly the perturbation alone, goes with accuracy under PGD."""
+    q4, reference = found["q4"], common.CROSS_ENTROPY
     (without, _), (attacked, robust) = q4["models"].items()
-    reference = common.CROSS_ENTROPY
-    if q4["quick"] or robust["warnings"] or not {reference, without, attacked} <= right.keys():
+    if q4["quick"] or q4["init"] != "q2" or robust["warnings"]:
         return False
-    return (
-        all(is_above_chance(robust["accuracy"][key], n_test) for key in ("clean", "pgd"))
-        and paired(right[without]["pgd"], right[attacked]["pgd"]).sign > 0
-        and paired(right[reference]["pgd"], right[without]["pgd"]).sign <= 0
-    )
+    if not {reference, without, attacked} <= right.keys():
+        return False
+    if not is_of_use(*(robust["accuracy"][key] for key in ("clean", "pgd", "strongest"))):
+        return False
+    for condition in ("pgd", "strongest"):
+        alone, attack = (
+            paired(right[reference][condition], right[name][condition])
+            for name in (without, attacked)
+        )
+        if attack.sign <= 0 or alone.points > attack.points / 10:
+            return False
+    return True
 
 
 def overfitting(model, images):
@@ -813,8 +885,8 @@ def overfitting(model, images):
     if kept == len(history):
         return f"{measure} was {last} after the last epoch, {best} at best."
     return (
-        f"training collapsed in epoch {len(history)}, where {measure} fell from {best} to {last}. "
-        f"The weights are those of epoch {kept}, chosen on validation."
+        f"training was stopped after epoch {len(history)}: {measure} was {last}, less than half of "
+        f"the {best} of epoch {kept}. The weights are those of that epoch, chosen on validation."
     )
 
 
@@ -823,11 +895,15 @@ def angular_section(found, right):
     ((name, model),) = q6["models"].items()
     before, after = model["val"]["accuracy_before_training"], model["val"]["accuracy"]
     reference = common.CROSS_ENTROPY
+    no_better = unpaired(before, after, n_val, n_val).sign <= 0 and after > before - 0.05
     comparable = {name, reference} <= right.keys() and not q6["quick"]
+    fooled = is_of_use(model["accuracy"]["clean"]) and not is_of_use(model["accuracy"]["pgd"])
     why = reasons(
         {
-            "together": not q6["quick"] and unpaired(before, after, n_val, n_val).sign <= 0,
-            "vote": comparable and paired(right[reference]["pgd"], right[name]["pgd"]).sign <= 0,
+            "together": not q6["quick"] and no_better and is_of_use(before),
+            "vote": comparable
+            and fooled
+            and paired(right[reference]["pgd"], right[name]["pgd"]).sign <= 0,
         }
     )
     names = {
@@ -840,15 +916,15 @@ def angular_section(found, right):
     return f"""## Question 6: the angular loss in training
 
 Asked: the same with the angular loss and a pretrained ResNet-18, on clean data only. Done:
-{described(model["recipe"])}; first weights: {plain(q6["init"])}. The class of an image is a vote of
-its {model["neighbours"]} nearest training embeddings. On validation the vote is right on
+{described(model)}; first weights: {plain(q6["init"])}. The class of an image is a vote of its
+{model["neighbours"]} nearest training embeddings. On validation the vote is right on
 {common.percent(before)} with the first weights and a random last layer, and on
 {common.percent(after)} after training. Table 1 has the numbers on test.
 
 {against(name, reference, right, ("clean", "pgd"))}
 
 A vote has no gradient. The attacks raise the loss of a soft vote, as in ASK (Wang et al. 2021), and
-the vote itself decides. {attack_sentences(model, right.get(name))}
+count where the vote itself is wrong. {attack_sentences(q6, model, right.get(name))}
 
 {remarks(q6["models"])}
 
@@ -865,13 +941,15 @@ examples.
 # ---- Where the numbers come from -----------------------------------------------------------------
 
 
-def described(recipe):
-    """A recipe in words."""
+def described(model):
+    """A model's training in words."""
+    recipe, done = model["recipe"], len(model["history"])
+    number = str(done) if done == recipe["epochs"] else f"{done} of {recipe['epochs']}"
     optimizer = {"sgd": "SGD with Nesterov momentum", "adamw": "AdamW"}[recipe["optimizer"]]
     stem, precision, device = (plain(recipe[key]) for key in ("stem", "precision", "device"))
     return (
-        f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {optimizer}, one-cycle learning "
-        f"rate up to {recipe['lr']:g}, stem {stem}, {precision} on {device}"
+        f"epochs: {number}, batch {recipe['batch_size']}, {optimizer}, one-cycle learning rate up "
+        f"to {recipe['lr']:g}, stem {stem}, {precision} on {device}"
     )
 
 
@@ -884,8 +962,10 @@ def origin_section(found):
         "commit": lambda metrics: shortened(metrics["git_commit"]),
         "torch": lambda metrics: metrics["versions"]["torch"],
         "minutes": lambda metrics: f"{minutes(metrics):.1f}",
-        "memory, MiB": lambda metrics: metrics.get(
-            "peak_gpu_memory_mib", metrics["peak_memory_mib"]
+        "memory, MiB": lambda metrics: " + GPU ".join(
+            str(metrics[key])
+            for key in ("peak_memory_mib", "peak_gpu_memory_mib")
+            if metrics.get(key) is not None
         ),
     }
     runs = [[plain(column(metrics)) for column in columns.values()] for metrics in found.values()]
@@ -910,8 +990,8 @@ def origin_section(found):
     caption = "Table 7: the recipe of each training."
     return f"""## How these results were made
 
-Table 6 tells where each number comes from{", table 7 every setting" if recipes else ""}. They ran:
-{machines}. SHA-256 of the split: {plain(found["q1"]["split_sha256"])}
+Table 6 tells how each question was run{", table 7 how each model was trained" if recipes else ""}.
+Machines: {machines}. SHA-256 of the split: {plain(found["q1"]["split_sha256"])}
 
 {table("Table 6: the run of each question.", list(columns), runs)}
 
