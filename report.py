@@ -392,8 +392,9 @@ def assemble(found, right, author=(), note=""):
 
 
 def unwrapped(text):
-    """Markdown with each paragraph on one line; the rows of tables and captions keep theirs."""
-    return re.sub(r"(?<=[^\n|\\]) ?\n(?=[^\n|])", " ", re.sub(r"\n{3,}", "\n\n", text)).strip()
+    """Markdown with each paragraph and item on one line; tables and captions keep their lines."""
+    joints = r"(?<=[^\n|\\]) ?\n *(?=[^\n|])(?!- )"
+    return re.sub(joints, " ", re.sub(r"\n{3,}", "\n\n", text)).strip()
 
 
 def answer_5():

@@ -653,6 +653,11 @@ def test_both_forms_hold_every_number_and_every_figure(monkeypatch, tmp_path):
     assert page.count("<figure>") == page.count("src='data:image/png;base64,") == len(paths)
 
 
+def test_paragraphs_and_items_are_unwrapped_tables_and_captions_are_not():
+    wrapped = "a\nb\n\n- c\n  d\n- e\n\n\n| f |\n| g |\n\n![h](i)\\\n*j*\n"
+    assert report.unwrapped(wrapped) == "a b\n\n- c d\n- e\n\n| f |\n| g |\n\n![h](i)\\\n*j*"
+
+
 def test_question_5s_answer_is_in_both_forms(monkeypatch, tmp_path):
     text, page = run_report(monkeypatch, written(tmp_path))
     page = re.sub("<pre>.*?</pre>", "<pre></pre>", page, flags=re.DOTALL)
