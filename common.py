@@ -220,46 +220,6 @@ def resnet18(num_outputs, stem):
     return Network(backbone, num_outputs).to(memory_format=torch.channels_last)
 
 
-def with_matrix_products(backbone, stem):
-    """Let a ResNet-18 compute the convolutions of its smallest maps as matrix products.
-
-    Same weights, same function; a third less time in training on processors without AVX-512.
-    """
-    stages = {"imagenet": ("layer3", "layer4"), "stride2": ("layer4",), "cifar": ()}[stem]
-    for block in (block for stage in stages for block in getattr(backbone, stage)):
-        for name in ("conv1", "conv2"):
-            conv = getattr(block, name)
-            shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
-            product = Conv3x3(*shape, padding=1, bias=False, device="meta")  # no random weights
-            product.weight = conv.weight
-            setattr(block, name, product)
-
-
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride 1 or 2 and padding 1 as a matrix product: small maps on a CPU.
-
-    The same function of the same weights. For an output of 1 x 1, the weights that would meet
-    only padding are left out. Where 2 x 2 come out, training goes by im2col: without AVX-512,
-    PyTorch's library takes the weights' gradient image by image, slow where images are small.
-    """
-
-    def forward(self, maps):
-        side, stride = maps.shape[-1], self.stride[0]
-        if maps.device.type != "cpu" or side > (2 * stride if self.training else stride):
-            return super().forward(maps)
-        if side <= stride:
-            met = self.weight[:, :, 1 : 1 + side, 1 : 1 + side]
-            return F.linear(maps.flatten(1), met.flatten(1), self.bias)[:, :, None, None]
-        padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # N x H x W x C, as in memory
-        taps = [
-            padded[:, top : top + side : stride, left : left + side : stride]
-            for top in range(3)
-            for left in range(3)
-        ]
-        weights = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(torch.cat(taps, dim=3), weights, self.bias).permute(0, 3, 1, 2)
-
-
 def frozen(model, precision="float32"):
     """A copy of a Network for evaluation and attacks, without gradients for the weights.
 
@@ -283,13 +243,13 @@ def frozen(model, precision="float32"):
 # ---- Question 2: evaluation ---------------------------------------------------------------------
 
 EVALUATION_BATCH = 250  # a larger one fits a processor's cache and memory less well
-GPU_BATCH = 1_000  # so that a GPU has enough to do
+GPU_BATCH = 500  # so that a GPU has enough to do
 
 
 def in_batches(function, *tensors, size=None, title=""):
     """`function` of the tensors batch by batch, without gradients; its results concatenated.
 
-    It returns a tensor or a tuple of tensors. title: of the bar that a terminal shows.
+    `function` returns a tensor or a tuple of them. title: of the bar that a terminal shows.
     """
     size = size or batch_size_for(tensors[0])
     batches = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
@@ -412,9 +372,9 @@ def train(model, data, step, batches, evaluate, recipe, origin, path, fresh=Fals
     with _telling_how_to_go_on(path, fresh):
         while not _ended(history, recipe, guard):
             epoch, started = len(history), time.perf_counter()
-            losses, correct = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
+            losses, fitted = train_epoch(model, optimizer, data, step, batches, recipe, epoch)
             seconds = time.perf_counter() - started
-            scores = {"loss": losses.mean().item(), "accuracy": correct, "seconds": seconds}
+            scores = {"loss": losses.mean().item(), "accuracy": fitted, "seconds": seconds}
             scores |= evaluate(model)
             _refuse_explosion(losses, scores, history, recipe)
             history.append(scores)
@@ -500,10 +460,10 @@ def _telling_how_to_go_on(path, fresh):
         yield
     except KeyboardInterrupt:
         if file.exists() and file.stat().st_mtime_ns != before:
-            what = f"goes on after its last epoch that was saved with: {command_for(path)}"
+            what = f"to go on after the last epoch that was saved, run: {command_for(path)}"
         else:
-            what = f"begins again with: {command_for(file if fresh else path)}"
-        print(f"\nTraining {what}", file=sys.stderr)
+            what = f"to begin again, run: {command_for(file if fresh else path)}"
+        print(f"\nTraining stopped; {what}", file=sys.stderr)
         raise
 
 
@@ -523,7 +483,7 @@ def _ended(history, recipe, guard):
 def kept_epoch(history, guard):
     """Which epoch's weights training ends with, counted from 1: the last, or the best by `guard`.
 
-    The best, if the last score is below half of the best score, and that is above 0.1.
+    The best, if that is above 0.1 and the last score is below half of it.
     """
     scores = [epoch[guard] for epoch in history] if guard else []
     if scores and max(scores) > 0.1 and scores[-1] < max(scores) / 2:
@@ -719,7 +679,7 @@ def plot_maps(path, panels, limits_of):
             drawn = axes.scatter(*points.T, c=labels.cpu(), **dots)
             axes.set(title=title, xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
         handles, _ = drawn.legend_elements(num=range(10))
-        figure.legend(handles, CLASSES, loc="outside lower center", ncols=5)
+        figure.legend(handles, CLASSES, loc="lower center", ncols=5)
 
 
 # ---- Question 3: the perturbation ---------------------------------------------------------------
@@ -835,7 +795,7 @@ def set_to_full(images, channels, pixels):
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}  # the usual threat models (RobustBench, Croce et al. 2021)
 PGD_STEPS = 20
-PGD_STEP_SIZE = 2 / 255  # for eps = 8/255; on the curves a quarter of each eps
+PGD_STEP_SIZE = EPSILON["linf"] / 4  # on the curves a quarter of each eps, too
 
 
 def summed_cross_entropy(logits, labels):
@@ -965,6 +925,7 @@ def _l2_norm(images):
 
 # ---- Question 3: accuracy under attack ----------------------------------------------------------
 
+EXAMPLES = 8  # images in a figure
 CHECKED_IMAGES = 1_000  # on which the checks for a flawed attack are made
 CURVE_IMAGES = 1_000  # for the curves over epsilon
 CURVE_EPSILONS = [size / 255 for size in (2, 4, 8, 12, 16)]
@@ -991,9 +952,9 @@ def robustness(
     STRONGEST_IMAGES. And the gradient at the images, from which fgm_images makes FGM's images.
     """
     model, eps, loss = frozen(network, precision), EPSILON["linf"], losses[0]
-    clean, gradient, under_fgm, fooled_after = attacks_on(model, images, labels, loss, decide)
+    clean, gradient, under_fgm, steps_to_fool = attacks_on(model, images, labels, loss, decide)
     shifted, _, both, _ = attacks_on(model, perturbed, labels, loss, decide)
-    after = fooled_after(eps, PGD_STEP_SIZE)
+    after = steps_to_fool(eps, PGD_STEP_SIZE)
     right = {
         "clean": clean,
         "perturbed": shifted,
@@ -1005,7 +966,7 @@ def robustness(
         model, images, labels, right["pgd"][:STRONGEST_IMAGES], losses[1:], decide
     )
     exact = model if precision == "float32" else frozen(network)
-    checks = attack_checks(model, exact, images, labels, right, fooled_after, seed, loss, decide)
+    checks = attack_checks(model, exact, images, labels, right, steps_to_fool, seed, loss, decide)
     accuracies = {name: share(found) for name, found in right.items()}
     l2 = {"fgm": under_fgm(EPSILON["l2"], "l2"), "perturbed_fgm": both(EPSILON["l2"], "l2")}
     measured = {
@@ -1013,7 +974,7 @@ def robustness(
         "accuracy_l2": {name: share(found) for name, found in l2.items()},
         "strongest_images": len(right["strongest"]),
         "pgd_by_step": [share(after > step) for step in range(PGD_STEPS + 1)],
-        "by_eps": accuracy_by_epsilon(right, under_fgm, fooled_after),
+        "by_eps": accuracy_by_epsilon(right, under_fgm, steps_to_fool),
         "checks": checks,
         "warnings": attack_warnings(accuracies, checks),
     }
@@ -1024,7 +985,7 @@ def attacks_on(model, images, labels, loss, decide):
     """Which images are right, the gradient at them, and two functions that attack them with it.
 
     under_fgm(eps, norm, count): which of the first `count` images (all by default) are right under
-    FGM. fooled_after(eps, step_size, count): int64, after how many of PGD_STEPS L-infinity steps
+    FGM. steps_to_fool(eps, step_size, count): int64, after how many of PGD_STEPS L-infinity steps
     they are first misclassified, PGD_STEPS + 1 if never. One gradient serves FGM in every size and
     norm, and PGD's first step.
     """
@@ -1039,7 +1000,7 @@ def attacks_on(model, images, labels, loss, decide):
 
         return in_batches(right, images[:count], gradient[:count], labels[:count], title="FGM")
 
-    def fooled_after(eps, step_size, count=None):
+    def steps_to_fool(eps, step_size, count=None):
         def of(index):
             start = fgm_step(images[index], gradient[index], step_size, "linf")
             rest = eps, step_size, PGD_STEPS - 1, "linf", loss, decide, start
@@ -1050,7 +1011,7 @@ def attacks_on(model, images, labels, loss, decide):
         after[index] = in_batches(of, index, size=batch_size_for(images), title="PGD")
         return after
 
-    return clean, gradient, under_fgm, fooled_after
+    return clean, gradient, under_fgm, steps_to_fool
 
 
 def right_under_strongest(model, images, labels, survivors, losses, decide):
@@ -1061,18 +1022,16 @@ def right_under_strongest(model, images, labels, survivors, losses, decide):
     a margin does not (Carlini & Wagner 2017).
     """
     survivors = survivors.clone()
+    settings = {"eps": EPSILON["linf"], "step_size": PGD_STEP_SIZE, "steps": PGD_STEPS}
     for loss in losses:
-        rest = EPSILON["linf"], PGD_STEP_SIZE, PGD_STEPS, "linf", loss, decide
-
-        def right(index, rest=rest):
-            return pgd(model, images[index], labels[index], *rest)[1] > PGD_STEPS
-
-        index = survivors.nonzero()[:, 0]
-        survivors[index] = in_batches(right, index, size=batch_size_for(images), title="strongest")
+        attack = partial(pgd, model, **settings, loss=loss, decide=decide)
+        left = survivors.nonzero()[:, 0]
+        _, fooled_after = in_batches(attack, images[left], labels[left], title="strongest")
+        survivors[left] = fooled_after > PGD_STEPS
     return survivors
 
 
-def accuracy_by_epsilon(right, under_fgm, fooled_after):
+def accuracy_by_epsilon(right, under_fgm, steps_to_fool):
     """Accuracy on the first CURVE_IMAGES under L-infinity FGM and PGD at 0 and CURVE_EPSILONS.
 
     right: as `robustness` returns it; the functions: of attacks_on. PGD's step stays the same share
@@ -1084,28 +1043,28 @@ def accuracy_by_epsilon(right, under_fgm, fooled_after):
         if eps == EPSILON["linf"]:
             found = {name: right[name][:CURVE_IMAGES] for name in ("fgm", "pgd")}
         else:
-            after = fooled_after(eps, eps * PGD_STEP_SIZE / EPSILON["linf"], CURVE_IMAGES)
+            after = steps_to_fool(eps, eps * PGD_STEP_SIZE / EPSILON["linf"], CURVE_IMAGES)
             found = {"fgm": under_fgm(eps, count=CURVE_IMAGES), "pgd": after > PGD_STEPS}
         for name in found:
             curve[name].append(share(found[name]))
     return {**curve, "images": len(right["clean"][:CURVE_IMAGES])}
 
 
-def attack_checks(model, exact, images, labels, right, fooled_after, seed, loss, decide):
+def attack_checks(model, exact, images, labels, right, steps_to_fool, seed, loss, decide):
     """What tells whether an attack is flawed, on the first CHECKED_IMAGES images: accuracies.
 
     Under noise of FGM's size; under PGD with eps = 1; under FGM and PGD, as measured and in
     float32. exact: the model in float32; the model itself if that is float32 already. right: as
-    `robustness` returns it; fooled_after: of attacks_on.
+    `robustness` returns it; steps_to_fool: of attacks_on.
     """
     images, labels = images[:CHECKED_IMAGES], labels[:CHECKED_IMAGES]
     noisy = random_noise(images, EPSILON["linf"], generator_for(seed, "noise"))
-    unbounded = fooled_after(1.0, 0.1, CHECKED_IMAGES) > PGD_STEPS
+    unbounded = steps_to_fool(1.0, 0.1, CHECKED_IMAGES) > PGD_STEPS
     found = {name: share(right[name][:CHECKED_IMAGES]) for name in ("fgm", "pgd")}
     in_float32 = found
     if exact is not model:
-        *_, under_fgm, fooled_after = attacks_on(exact, images, labels, loss, decide)
-        after = fooled_after(EPSILON["linf"], PGD_STEP_SIZE)
+        *_, under_fgm, steps_to_fool = attacks_on(exact, images, labels, loss, decide)
+        after = steps_to_fool(EPSILON["linf"], PGD_STEP_SIZE)
         in_float32 = {"fgm": share(under_fgm(EPSILON["linf"])), "pgd": share(after > PGD_STEPS)}
     return {
         "images": len(images),
@@ -1164,13 +1123,15 @@ def random_noise(images, eps, generator):
 
 
 def plot_examples(
-    path, model, images, perturbed, labels, loss=summed_cross_entropy, decide=most_likely
+    path, model, images, perturbed, labels, right, loss=summed_cross_entropy, decide=most_likely
 ):
     """A column per image: original, perturbed, under FGM at EPSILON, both, and FGM's change.
 
-    model: `frozen`. Above each image stands its predicted class, green when right, red when wrong.
+    The first EXAMPLES that are right when clean, by `right`. model: `frozen`. Above each image
+    stands its predicted class, green when right, red when wrong.
     """
-    eps, scale = EPSILON["linf"], 8
+    eps, scale, chosen = EPSILON["linf"], 8, right.nonzero()[:EXAMPLES, 0]
+    images, perturbed, labels = images[chosen], perturbed[chosen], labels[chosen]
     attacked, both = (fgm(model, given, labels, eps, loss=loss) for given in (images, perturbed))
     rows = {"original": images, "perturbed": perturbed, "FGM": attacked, "perturbed\n+ FGM": both}
     predictions = {title: decide(in_batches(model, row)) for title, row in rows.items()}
@@ -1201,17 +1162,13 @@ def run(main):
         main()
     except UserError as error:
         stop(error)
-    except torch.OutOfMemoryError:
-        stop(
-            "the GPU's memory is full; close what else uses it (nvidia-smi lists that), "
-            "or give --device cpu"
-        )
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(
-            words in str(error) for words in ("allocate memory", "not enough memory")
-        ):
-            raise
-        stop("the main memory is full; close other programs (README says how much is needed)")
+        if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error):
+            stop("the GPU's memory is full; close what else uses it, or give --device cpu")
+        full = "allocate memory", "not enough memory"
+        if isinstance(error, MemoryError) or any(words in str(error) for words in full):
+            stop("the main memory is full; close other programs (README says how much is needed)")
+        raise
     except KeyboardInterrupt:
         print("\nInterrupted", file=sys.stderr)
         sys.exit(130)
@@ -1251,10 +1208,13 @@ def argument_parser(docstring):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(purpose=" ".join(docstring.split("\n\n")[0].split()))
+    parser.set_defaults(purpose=docstring.partition("\n")[0])
     add, seeds = parser.add_argument, between(int, 0, 2**31 - 1)
     devices, precisions = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16")
-    best = "auto: the best there is; CUDA_VISIBLE_DEVICES chooses among GPUs"
+    best = (
+        "auto: a CUDA GPU, of which CUDA_VISIBLE_DEVICES chooses, or the CPU; mps is Apple's GPU, "
+    )
+    best += "for which PyTorch had wrong gradients until 2026"
     exact = "float32 is IEEE's, not TF32; auto: bfloat16 where it is fast"
     tiny = "tiny subset, few epochs: shows that everything works, its numbers mean nothing"
     add(
@@ -1305,16 +1265,11 @@ def parse_arguments(parser):
     torch.backends.fp32_precision = "ieee"  # not TF32, to which cuDNN rounds of its own accord
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch 2.9 does not derive it
     args.results = args.results or Path("results-quick" if args.quick else "results")
-    present = {
-        "cuda": args.device in ("auto", "cuda") and _cuda_works(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-        "auto": True,
-    }
-    if not present[args.device]:
-        raise UserError(f"--device {args.device}: PyTorch can use none here; give --device auto")
+    usable = {"cuda": _cuda_works, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if args.device == "auto":
-        args.device = next(device for device in present if present[device])
+        args.device = "cuda" if _cuda_works() else "cpu"
+    elif not usable[args.device]():
+        raise UserError(f"--device {args.device}: PyTorch can use none here; give --device auto")
     if args.precision == "auto":
         args.precision = best_precision(args.device)
     return args
@@ -1521,6 +1476,13 @@ def opened(path):
 def sha256(*contents):
     """Hexadecimal SHA-256 of the bytes, one after the other."""
     return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def write_npz(path, arrays):
+    """Write a dict of arrays in numpy's format."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_file(path, buffer.getbuffer())
 
 
 def write_torch(path, content):
@@ -1767,9 +1729,7 @@ def write_right(folder, models):
         for name, right in models.items()
         for condition, found in right.items()
     }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_file(folder / "right.npz", buffer.getvalue())
+    write_npz(folder / "right.npz", arrays)
 
 
 def read_right(path):
@@ -1838,3 +1798,47 @@ def table_lines(header, rows):
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+
+
+# ---- Convolutions on a CPU -----------------------------------------------------------------------
+
+
+def with_matrix_products(backbone, stem):
+    """Let a ResNet-18 compute the convolutions of its smallest maps as matrix products.
+
+    Same weights, same function; a third less time in training on processors without AVX-512.
+    """
+    stages = {"imagenet": ("layer3", "layer4"), "stride2": ("layer4",), "cifar": ()}[stem]
+    for block in (block for stage in stages for block in getattr(backbone, stage)):
+        for name in ("conv1", "conv2"):
+            conv = getattr(block, name)
+            shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+            product = Conv3x3(*shape, padding=1, bias=False, device="meta")  # no random weights
+            product.weight = conv.weight
+            setattr(block, name, product)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1 or 2 and padding 1 as a matrix product: small maps on a CPU.
+
+    The same function of the same weights. For an output of 1 x 1, the weights that would meet
+    only padding are left out. Where 2 x 2 come out, training goes by im2col: without AVX-512,
+    PyTorch's library takes the weights' gradient image by image, slow where images are small.
+    """
+
+    def forward(self, maps):
+        side, stride = maps.shape[-1], self.stride[0]
+        outputs = math.ceil(side / stride)
+        if maps.device.type != "cpu" or outputs > (2 if self.training else 1):
+            return super().forward(maps)
+        if outputs == 1:
+            met = self.weight[:, :, 1 : 1 + side, 1 : 1 + side]
+            return F.linear(maps.flatten(1), met.flatten(1), self.bias)[:, :, None, None]
+        padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # N x H x W x C, as in memory
+        taps = [
+            padded[:, top : top + side : stride, left : left + side : stride]
+            for top in range(3)
+            for left in range(3)
+        ]
+        weights = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(torch.cat(taps, dim=3), weights, self.bias).permute(0, 3, 1, 2)

@@ -15,8 +15,6 @@ Writes  results/q1: split.npz, figure01_train_labels.png, figure02_held_out_labe
 Run     python q1_split.py
 """
 
-import io
-
 import numpy as np
 import torch
 
@@ -44,7 +42,7 @@ def main():
     with common.timed(seconds, "split"):
         parts = draw_split(labels.numpy(), args.protocol, args.seed, args.quick)
         how = {"protocol": args.protocol, "seed": args.seed, "quick": args.quick}
-        save_split(folder / "split.npz", **parts, **how)
+        common.write_npz(folder / "split.npz", {**parts, **how})
     split = common.load_split(folder / "split.npz")
     counts = {name: torch.bincount(labels[split[name]], minlength=10).tolist() for name in parts}
     train_counts = {"train": counts["train"]}
@@ -87,14 +85,6 @@ def draw_split(labels, protocol, seed, quick):
         for name, chosen in zip(parts, (train, val, test), strict=True):
             parts[name].append(chosen)
     return {name: rng.permutation(np.concatenate(chosen)) for name, chosen in parts.items()}
-
-
-def save_split(path, **arrays):
-    """Write `train`, `val`, `test` (int64 indices) and `protocol`, `seed`, `quick`: how they were
-    drawn. common.load_split reads them."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    common.write_file(path, buffer.getvalue())
 
 
 def count_duplicates(train, test):

@@ -16,8 +16,6 @@ Run     python q3_attack.py
 
 import common
 
-EXAMPLES = 8
-
 
 def main():
     args = common.parse_arguments(common.argument_parser(__doc__))
@@ -36,8 +34,7 @@ def main():
         )
         model = common.frozen(network, args.precision)
         by_part = accuracy_by_part(model, *data["test"], args.seed)
-    chosen = right["clean"].nonzero()[:EXAMPLES, 0]
-    examples = images[chosen], perturbed[chosen], labels[chosen]
+    examples = images, perturbed, labels, right["clean"]
     common.plot_examples(folder / "figure07_examples.png", model, *examples)
     draw_curves(folder, measured["by_eps"], measured["pgd_by_step"])
     with common.timed(seconds, "umap"):
@@ -94,7 +91,8 @@ def draw_maps(folder, model, data, images, perturbed, gradient, seed):
     train = common.backbone_features(model, common.as_float(data["train"][0]))
     attacked = common.fgm_images(images, gradient)
     points, place = common.fit_umap(train, seed)
-    panels = {"perturbed test": perturbed, "test under FGM, eps = 8/255": attacked}
+    under_fgm = f"test under FGM, eps = {255 * common.EPSILON['linf']:g}/255"
+    panels = {"perturbed test": perturbed, under_fgm: attacked}
     placed = {
         title: (place(common.backbone_features(model, changed)), labels)
         for title, changed in panels.items()

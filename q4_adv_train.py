@@ -86,7 +86,7 @@ def parser():
     flags.add_argument(
         "--lr-perturbed",
         type=common.between(float, 1e-9, 1e9),
-        help="peak learning rate of the model trained without FGM",
+        help="peak learning rate of the model trained without FGM (--lr: of the one with it)",
     )
     flags.add_argument(
         "--noise",
@@ -127,10 +127,9 @@ def variants(recipe):
 
     The one without FGM has a rate of its own, and neither noise nor epsilon.
     """
-    own = ("lr", "lr_perturbed", "noise", "eps")
-    shared = {key: value for key, value in recipe.items() if key not in own}
-    without = {**shared, "lr": recipe["lr_perturbed"]}
-    with_fgm = {**shared, **{key: recipe[key] for key in ("lr", "noise", "eps")}}
+    with_fgm = {key: value for key, value in recipe.items() if key != "lr_perturbed"}
+    without = {key: value for key, value in with_fgm.items() if key not in ("noise", "eps")}
+    without["lr"] = recipe["lr_perturbed"]
     return {
         "perturbed (q4)": ("perturbed", step_on_perturbed, without),
         "perturbed + FGM (q4)": ("perturbed_fgm_trained", step_on_attacked, with_fgm),
@@ -171,9 +170,9 @@ def train_variant(model, step, data, recipe, origin, path, fresh):
 
 def pgd_accuracy(model, images, labels):
     """Share of images that no PGD-20 step at EPSILON has fooled, as a float."""
-    settings = common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS
-    _, fooled_after = common.pgd(model, images, labels, *settings)
-    return common.share(fooled_after > common.PGD_STEPS)
+    eps, step_size, steps = common.EPSILON["linf"], common.PGD_STEP_SIZE, common.PGD_STEPS
+    _, fooled_after = common.pgd(model, images, labels, eps, step_size, steps)
+    return common.share(fooled_after > steps)
 
 
 def step_on_perturbed(model, images, labels, generator, recipe):

@@ -47,7 +47,6 @@ NEIGHBOURS = 100
 TEMPERATURE = 0.1  # of the soft k-NN loss that attacks raise
 QUERIES = 1_000  # test images whose retrieval is scored at once, to spare memory
 REFERENCE_IMAGES = 2_000  # training images that vote after each epoch; all of them vote at the end
-EXAMPLES = 8
 
 
 def main():
@@ -62,7 +61,7 @@ def main():
     path = folder / "model.pt"
     training = train_embedding(model, training_step, data, recipe, origin, path, args.fresh)
     made = common.save_trained(path, model, training)
-    draw_curves(folder, training["history"])
+    draw_curves(folder, training["history"], len(data["train"][1]))
     trained = common.frozen(model, args.precision)
     with common.timed(seconds, "vote"):
         train, test = (embed(trained, common.as_float(data[part][0])) for part in ("train", "test"))
@@ -74,8 +73,7 @@ def main():
         measured, right, gradient = common.robustness(
             model, images, perturbed, labels, args.seed, args.precision, losses, decide
         )
-    chosen = right["clean"].nonzero()[:EXAMPLES, 0]
-    examples = images[chosen], perturbed[chosen], labels[chosen], losses[0], decide
+    examples = images, perturbed, labels, right["clean"], losses[0], decide
     common.plot_examples(folder / "figure15_examples.png", trained, *examples)
     with common.timed(seconds, "umap"):
         attacked = common.fgm_images(images, gradient)
@@ -216,8 +214,8 @@ def class_balanced_batches(labels, batch_size, generator):
     """An epoch of batches with as many images of each class; an image comes once or not at all.
 
     The library's MPerClassSampler draws from a global generator and keeps state between epochs, so
-    that a resumed training would end differently. Raises UserError for a batch
-    size that is no multiple of the number of classes, is without pairs, or exceeds the images.
+    that a resumed training would end differently. Raises UserError for a batch size that is no
+    multiple of the number of classes, is without pairs, or exceeds the images.
     """
     classes = len(common.CLASSES)
     per_class = batch_size // classes
@@ -247,19 +245,12 @@ def embed(model, images):
     return F.normalize(common.in_batches(model, images))
 
 
-def vote(train, train_labels, embeddings):
-    """The class of each embedding by its nearest training embeddings."""
-    return knn_predict(train, train_labels, embeddings, min(NEIGHBOURS, len(train)))
-
-
-def knn_predict(train, train_labels, embeddings, k):
+def vote(train, train_labels, embeddings, k=NEIGHBOURS):
     """Majority vote of the k nearest training embeddings (Euclidean): int64 N; ties: smaller label.
 
-    train M x D, train_labels int64 M, embeddings N x D. Raises ValueError unless 1 <= k <= M.
+    train M x D, train_labels int64 M, embeddings N x D. Where M is below k, all vote.
     """
-    if not 1 <= k <= len(train):
-        raise ValueError(f"k is {k}, but there are {len(train)} training embeddings")
-    _, nearest = common.nearest_neighbours(embeddings, k, train)
+    _, nearest = common.nearest_neighbours(embeddings, min(k, len(train)), train)
     votes = torch.zeros(len(nearest), int(train_labels.max()) + 1, device=nearest.device)
     one_each = torch.ones_like(nearest, dtype=votes.dtype)
     return votes.scatter_add_(1, train_labels[nearest], one_each).argmax(1)
@@ -276,14 +267,12 @@ def measured_votes(untrained, trained, train, test, data):
 
     untrained, trained: `frozen` models; train, test: the second's embeddings.
     """
-    train_labels, (val_images, val_labels) = data["train"][1], data["val"]
-    val = embed(trained, common.as_float(val_images))
     return {
         "val": {
-            "accuracy": common.accuracy(vote(train, train_labels, val), val_labels),
+            "accuracy": validation_accuracy(trained, data),
             "accuracy_before_training": validation_accuracy(untrained, data),
         },
-        "retrieval": retrieval_quality(train, train_labels, test, data["test"][1]),
+        "retrieval": retrieval_quality(train, data["train"][1], test, data["test"][1]),
         "neighbours": NEIGHBOURS,
     }
 
@@ -347,9 +336,10 @@ def retrieval_quality(train, train_labels, test, test_labels):
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def draw_curves(folder, history):
-    """Figure 13: accuracy and loss per epoch."""
-    voters = f"validation: {NEIGHBOURS}-NN among {REFERENCE_IMAGES} training images"
+def draw_curves(folder, history, n_train):
+    """Figure 13: accuracy and loss per epoch. n_train: number of training images."""
+    voters = min(REFERENCE_IMAGES, n_train)
+    voters = f"validation: {NEIGHBOURS}-NN among {voters} training images"
     accuracies = {"accuracy": "train: nearest image of the batch", "val_accuracy": voters}
     losses = {"loss": "train (augmented)", "val_loss": "validation"}
     common.plot_history(folder / "figure13_accuracy.png", history, accuracies, "accuracy")
@@ -366,7 +356,7 @@ def draw_maps(folder, data, train, test, perturbed, attacked, seed):
     }
     changed = {
         "perturbed test": (place(perturbed), labels),
-        "test under FGM, eps = 8/255": (place(attacked), labels),
+        f"test under FGM, eps = {255 * common.EPSILON['linf']:g}/255": (place(attacked), labels),
     }
     common.plot_maps(folder / "figure14_umap.png", clean, points)
     common.plot_maps(folder / "figure16_umap.png", changed, points)

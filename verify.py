@@ -386,11 +386,12 @@ def accuracy_rows(question, name, model, rights, images):
         sizes["strongest"] = min(images, common.STRONGEST_IMAGES)
         if {condition: len(which) for condition, which in right.items()} != sizes:
             raise ValueError("right.npz is of other images")
-        first = slice(common.CHECKED_IMAGES)
+        checked = min(images, common.CHECKED_IMAGES)
+        checks = {attack: common.share(right[attack][:checked]) for attack in ("fgm", "pgd")}
         found = {
             "accuracy": {condition: common.share(right[condition]) for condition in sizes},
             "strongest_images": sizes["strongest"],
-            "checks": {attack: common.share(right[attack][first]) for attack in ("fgm", "pgd")},
+            "checks": {"images": checked, **checks},
         }
     yield differences(question, f"{name}: accuracies", model, found)
 
@@ -480,9 +481,9 @@ def attacked(model, test, losses, decide, seed, count):
         return common.attacks_on(model, given[index], labels[index], losses[0], decide)
 
     chosen = drawn(len(labels), count)
-    clean, _, under_fgm, fooled_after = attacks(chosen)
+    clean, _, under_fgm, steps_to_fool = attacks(chosen)
     shifted, _, both, _ = attacks(chosen, perturbed)
-    after = fooled_after(eps, step)
+    after = steps_to_fool(eps, step)
     right = {"clean": clean, "perturbed": shifted, "fgm": under_fgm(eps)}
     right |= {"perturbed_fgm": both(eps), "pgd": after > common.PGD_STEPS}
     some = {
@@ -497,14 +498,14 @@ def attacked(model, test, losses, decide, seed, count):
     strongest = common.right_under_strongest(model, *rest)
 
     first = slice(common.CHECKED_IMAGES)
-    clean, _, under_fgm, fooled_after = attacks(first)
+    clean, _, under_fgm, steps_to_fool = attacks(first)
     noisy = common.random_noise(images[first], eps, common.generator_for(seed, "noise"))
     under_noise = common.in_batches(lambda batch: decide(model(batch)), noisy) == labels[first]
     same = {
         "by_eps": {"fgm": [share(clean), *(share(under_fgm(size)) for size in sizes)]},
         "checks": {
             "noise": share(under_noise),
-            "pgd_eps_1": share(fooled_after(1.0, 0.1) > common.PGD_STEPS),
+            "pgd_eps_1": share(steps_to_fool(1.0, 0.1) > common.PGD_STEPS),
         },
     }
     numbers = {"means": (some, len(chosen), ERRORS), "on the first images": (same, len(clean), 0)}

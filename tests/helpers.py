@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torchvision.datasets import CIFAR10
 
 import common
-import q1_split
 from tools import synthetic
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and links of POSIX systems")
@@ -100,7 +99,7 @@ def tiny_origin(**changes):
 
 
 def tiny_split():
-    """Arguments of q1_split.save_split for a valid quick split of 20, 10 and 10 images."""
+    """What split.npz holds for a valid quick split of 20, 10 and 10 images."""
     indices = np.random.default_rng(0).permutation(common.NUM_IMAGES)[:40]
     parts = zip(("train", "val", "test"), np.split(indices, [20, 30]), strict=True)
     return {**dict(parts), "protocol": "pooled", "seed": 0, "quick": True}
@@ -269,7 +268,7 @@ def assert_same_training(found_file, expected_file):
 
 def split_target(folder):
     path = folder / "q1" / "split.npz"
-    q1_split.save_split(path, **tiny_split())
+    common.write_npz(path, tiny_split())
     return path, lambda: common.load_split(path)["sha256"]
 
 

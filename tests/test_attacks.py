@@ -412,7 +412,7 @@ def test_an_attack_that_is_stronger_in_float32_gives_a_warning(matched):
     assert "--precision float32" in warnings
 
 
-CHECKS = {"noise": 0.9, "pgd_eps_1": 0.0, "fgm": 0.3, "pgd": 0.1}
+CHECKS = {"images": 1000, "noise": 0.9, "pgd_eps_1": 0.0, "fgm": 0.3, "pgd": 0.1}
 CHECKS |= {"fgm_float32": 0.3, "pgd_float32": 0.1}
 
 
@@ -429,6 +429,12 @@ CHECKS |= {"fgm_float32": 0.3, "pgd_float32": 0.1}
 def test_fgm_and_pgd_are_warned_of_where_they_do_not_fit_together(changes, said):
     warnings = common.attack_warnings({"clean": 0.9, "fgm": 0.3, "pgd": 0.1, **changes}, CHECKS)
     assert len(warnings) == bool(said) and said in "".join(warnings)
+
+
+@pytest.mark.parametrize("share, said", [(0.10, False), (0.115, False), (0.12, True)])
+def test_accuracy_under_unlimited_pgd_is_warned_of_where_it_is_above_chance(share, said):
+    accuracies, checks = {"clean": 0.9, "fgm": 0.3, "pgd": 0.1}, {**CHECKS, "pgd_eps_1": share}
+    assert ("eps = 1" in "".join(common.attack_warnings(accuracies, checks))) == said
 
 
 # ---- The attack in question 4's training --------------------------------------------------------

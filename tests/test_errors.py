@@ -36,7 +36,7 @@ def random_images(monkeypatch):
 @pytest.fixture
 def split(tmp_path):
     """A quick split in tmp_path/q1, read back."""
-    q1_split.save_split(tmp_path / "q1" / "split.npz", **helpers.tiny_split())
+    common.write_npz(tmp_path / "q1" / "split.npz", helpers.tiny_split())
     return common.load_split(tmp_path / "q1" / "split.npz")
 
 
@@ -136,9 +136,33 @@ def test_a_pytorch_that_is_too_old_is_named_and_requirements_agree(error_line, m
     assert f"PyTorch {oldest} or newer is needed, this is 2.8.1" in error_line(q1_split.main)
 
 
-def test_a_gpu_whose_memory_is_full_ends_in_one_line(broken_gpu, error_line, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)."),
+    ],
+)
+def test_a_gpu_whose_memory_is_full_ends_in_one_line(error_line, error):
+    def fill():
+        raise error
+
+    assert "--device cpu" in error_line(fill)
+
+
+def test_a_gpu_that_is_full_at_its_first_use_is_not_taken_for_none(
+    broken_gpu, error_line, tmp_path
+):
     broken_gpu(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert "--device cpu" in error_line(q1_split.main, "--results", tmp_path)
+
+
+@pytest.mark.parametrize("flags, device", [((), "cpu"), (("--device", "mps"), "mps")])
+def test_apples_gpu_is_used_only_where_it_is_asked_for(monkeypatch, flags, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("sys.argv", ["script.py", *flags])
+    assert common.parse_arguments(common.argument_parser("A script.")).device == device
 
 
 @pytest.mark.parametrize(

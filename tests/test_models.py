@@ -245,7 +245,7 @@ def test_the_vote_is_scikit_learns_ties_included(k):
         votes = np.sort((peer.predict_proba(queries.numpy()) * k).round(), axis=1)
         assert (votes[:, -1] == votes[:, -2]).sum() > 100
     assert (
-        q6_angular.knn_predict(train, labels, queries, k).tolist()
+        q6_angular.vote(train, labels, queries, k).tolist()
         == peer.predict(queries.numpy()).tolist()
     )
 

@@ -73,7 +73,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys
     train = partial(helpers.train_linear, path, fresh=fresh)
     interrupt_in_the_second_epoch(lambda: common.run(train), SystemExit)
     *_, told, last = filter(None, capsys.readouterr().err.splitlines())
-    assert ("after its last epoch that was saved" if seconds == 0 else "begins again") in told
+    assert ("after the last epoch that was saved" if seconds == 0 else "to begin again") in told
     again = " --fresh" if fresh and seconds else ""
     assert told.endswith("q2_train_ce.py --results res" + again) and last == "Interrupted"
 

@@ -270,18 +270,18 @@ def test_question_3_refits_the_map_of_question_2(metrics):
 def test_the_examples_are_images_that_the_model_gets_right(run_again, data):
     """So that a reader sees attacks turn them."""
 
-    class Drawn(Exception):
+    class Attacked(Exception):
         pass
 
-    def draw(path, model, images, perturbed, labels, *rest):
-        raise Drawn(images, labels)
+    def attack(model, images, labels, *rest, **settings):
+        raise Attacked(images, labels)
 
     right = torch.arange(len(data["test"][1])) % 3 == 1
-    stand_ins = {"robustness": lambda *rest: ({}, {"clean": right}, None), "plot_examples": draw}
-    with pytest.raises(Drawn) as drawn:
+    stand_ins = {"robustness": lambda *rest: ({}, {"clean": right}, None), "fgm": attack}
+    with pytest.raises(Attacked) as attacked:
         run_again("q3", q3_attack, common, **stand_ins)
-    chosen = right.nonzero()[: q3_attack.EXAMPLES, 0]
-    for found, expected in zip(drawn.value.args, data["test"], strict=True):
+    chosen = right.nonzero()[: common.EXAMPLES, 0]
+    for found, expected in zip(attacked.value.args, data["test"], strict=True):
         assert torch.allclose(found, expected[chosen])
 
 

@@ -255,6 +255,12 @@ def test_an_accuracy_beside_the_right_one_does_not_replace_it(folder):
     assert answers(accuracies(folder, "q4", WITH_FGM)) == [False]
 
 
+@pytest.mark.parametrize("key, forged", [("images", 1), ("fgm", 0.99), ("pgd", 0.99)])
+def test_checks_of_an_attack_are_on_the_images_that_are_said(folder, key, forged):
+    folder.found["q4"]["models"][WITH_FGM]["checks"][key] = forged
+    assert answers(accuracies(folder, "q4", WITH_FGM)) == [False]
+
+
 def test_question_2s_accuracy_is_that_of_its_test_scores(folder):
     folder.found["q2"]["models"][common.CROSS_ENTROPY]["test"]["accuracy"] += 0.01
     assert answers(accuracies(folder, "q2", common.CROSS_ENTROPY)) == [False]
@@ -472,7 +478,7 @@ def claimed(numbers, right, strongest):
     accuracy = {condition: common.share(which) for condition, (_, which) in right.items()}
     (some, *_), (first, *_) = numbers.values()
     checks = {**first["checks"], "fgm": accuracy["fgm"], "pgd": accuracy["pgd"]}
-    checks |= {"fgm_float32": accuracy["fgm"], "pgd_float32": accuracy["pgd"]}
+    checks |= {"fgm_float32": accuracy["fgm"], "pgd_float32": accuracy["pgd"], "images": 20}
     told = {**some, **first, "accuracy": {**accuracy, "strongest": strongest}}
     return {**told, "checks": checks, "warnings": []}
 
@@ -580,7 +586,7 @@ def split_rows(tmp_path, loaded, drawn_by, **told):
     """verify.py's rows of a quick split, drawn as `drawn_by` says, that says `told` of itself."""
     how = {"protocol": "pooled", "seed": 0, "quick": True}
     parts = q1_split.draw_split(loaded[1].numpy(), **{**how, **drawn_by})
-    q1_split.save_split(tmp_path / "split.npz", **parts, **{**how, **told})
+    common.write_npz(tmp_path / "split.npz", {**parts, **how, **told})
     split = common.load_split(tmp_path / "split.npz")
     metrics = {
         "protocol": split["protocol"],

@@ -286,7 +286,7 @@ def bench_knn():
     labels = torch.randint(0, 10, (12_000,))
     peer = KNeighborsClassifier(100, algorithm="brute", n_jobs=2).fit(train.numpy(), labels.numpy())
     ours, theirs = alternate(
-        lambda: q6_angular.knn_predict(train, labels, queries, 100),
+        lambda: q6_angular.vote(train, labels, queries, 100),
         lambda: peer.predict(queries.numpy()),
     )
     shown = f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}x"

@@ -69,7 +69,7 @@ def main():
             cells = [f"{100 * share:.2f}" for share in shares]
             attacked = str(len(data["val"][1][:ATTACKED]))
             rows.append([name + end, *key[1:], minutes, *cells, attacked, origin["hardware"]])
-            write_rows(path, rows)
+        write_rows(path, rows)
 
 
 def parser():
@@ -151,8 +151,8 @@ def measured(model, val, seed):
     attacked = common.attacks_on(
         model, images, labels, common.summed_cross_entropy, common.most_likely
     )
-    _, _, under_fgm, fooled_after = attacked
-    survivors = fooled_after(eps, common.PGD_STEP_SIZE) > common.PGD_STEPS
+    _, _, under_fgm, steps_to_fool = attacked
+    survivors = steps_to_fool(eps, common.PGD_STEP_SIZE) > common.PGD_STEPS
     strongest = common.right_under_strongest(
         model, images, labels, survivors, [common.summed_margin], common.most_likely
     )
