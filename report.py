@@ -431,7 +431,7 @@ tested on."""
         return text
     curve = min(model["by_eps"]["images"] for model in models.values())
     strongest = min(model["strongest_images"] for model in models.values())
-    step = 255 * common.PGD_STEP_SIZE
+    eps, step = (255 * size for size in (common.EPSILON["linf"], common.PGD_STEP_SIZE))
     return f"""{text} {"" if q1["quick"] else conclusions(found)}
 
 {conditions_table(found, models, right)}
@@ -442,7 +442,7 @@ How to read table 1, figure S1 and what follows:
 
 - Epochs: "40 + 16" are 40 of question 2, with whose weights the training began, and 16 more. A
   question mark stands for those behind other weights.
-- FGM and PGD act in pixel space on images in [0, 1], in L-infinity with epsilon 8/255 unless
+- FGM and PGD act in pixel space on images in [0, 1], in L-infinity with epsilon {eps:g}/255 unless
   another is given. PGD-20 takes up to 20 steps of {step:g}/255 from the given image.
 - *Strongest* is PGD-20 on cross-entropy, and then on a margin for the images that are still right:
   the gradient of cross-entropy vanishes where a network is sure (Carlini & Wagner 2017). It is
@@ -787,8 +787,8 @@ def attack_sentences(metrics, model, of_model):
     return f"""On {images:,} test images accuracy is {value["noise"]} under random noise of FGM's
 size, and {value["fgm"]} under FGM: {direction} On all test images it is
 {common.percent(shares["pgd"])} under PGD-20. {steps} On {count:,} test images it is {strongest}
-under the strongest attack{same}. In L2 with epsilon 0.5 it is {l2["fgm"]} under FGM, and
-{l2["perturbed_fgm"]} where perturbed images are attacked so. {rounding}"""
+under the strongest attack{same}. In L2 with epsilon {common.EPSILON["l2"]:g} it is {l2["fgm"]}
+under FGM, and {l2["perturbed_fgm"]} where perturbed images are attacked so. {rounding}"""
 
 
 def adversarial_section(found, right):
@@ -976,12 +976,16 @@ def origin_section(found):
         machines.setdefault(machine, []).append(question)
     machines = "; ".join(f"{', '.join(run)} on {machine}" for machine, run in machines.items())
     recipes = {
-        plain(name): {**model["recipe"], "trained by commit": shortened(model["git_commit"])}
+        plain(name): {
+            **model["recipe"],
+            **model["recipe"].get("perturbation", {}),
+            "trained by commit": shortened(model["git_commit"]),
+        }
         for metrics in found.values()
         for name, model in metrics.get("models", {}).items()
         if "recipe" in model
     }
-    hidden = {"split_sha256", "first_weights"}  # hashes, too long for a table
+    hidden = {"split_sha256", "first_weights", "perturbation"}  # hashes, and what has own rows
     settings = dict.fromkeys(key for recipe in recipes.values() for key in recipe)  # in order
     rows = [
         [plain(key), *(plain(recipe.get(key, "")) for recipe in recipes.values())]
@@ -1035,8 +1039,8 @@ th, td { padding: .15rem .5rem; text-align: left; vertical-align: bottom }
 td { white-space: nowrap }
 code { font-size: .85em }
 pre { overflow-x: auto; line-height: 1.4 }
-pre, tr, figure, .block { break-inside: avoid }
-@media (max-width: 40rem) { figure { width: 99% } p, li { overflow: auto hidden } }
+pre, tr, figure, .scroll, .block { break-inside: avoid }
+@media (max-width: 40rem) { figure { width: 99% } p, ul, ol { overflow: auto hidden } }
 @media print {
   @page { size: A4; margin: 17mm }
   html { font-size: 10pt; line-height: 1.35 }

@@ -589,6 +589,9 @@ def test_a_questions_minutes_are_those_of_its_stages_and_trainings():
 
 
 def test_a_recipe_is_that_of_the_model():
+    recipe = {**RECIPE, "perturbation": {"hue": 0.1, "pixels": 10}}
+    text = text_of(change(made_up(), "q4", PERTURBED, recipe=recipe))
+    assert "| pixels | | 10 | | |" in text and "| perturbation |" not in text
     found = change(made_up(), "q4", PERTURBED, recipe={**RECIPE, "optimizer": "adamw", "lr": 0.005})
     text = section(found, "q4")
     assert "N-FGSM (de Jorge et al. 2022) with uniform noise of up to 2 times epsilon" in text
