@@ -215,7 +215,7 @@ def draw_curves(folder, name, training):
         "val_accuracy": "perturbed validation",
         GUARD: "perturbed validation, PGD-20",
     }
-    losses = {"loss": "train, as trained on", "val_loss": "perturbed validation"}
+    losses = {"loss": "train, as trained on (smoothed labels)", "val_loss": "perturbed validation"}
     for figure, names, ylabel in (
         ("figure09_accuracy", accuracies, "accuracy"),
         ("figure10_loss", losses, "cross-entropy"),

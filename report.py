@@ -41,25 +41,25 @@ FIGURES = """
 S1 | all_models.png | accuracy over epsilon, under FGM (dashed) and PGD-20 (solid).
 1 | q1/figure01_train_labels.png | labels of the training part.
 2 | q1/figure02_held_out_labels.png | labels of the validation and test parts.
-3 | q2/figure03_accuracy.png | accuracy per epoch.
-4 | q2/figure04_loss.png | loss per epoch.
+3 | q2/figure03_accuracy.png | accuracy per epoch, on up to 2,000 validation images.
+4 | q2/figure04_loss.png | loss per epoch, on the same.
 S2 | q2/confusion_test.png | confusion matrix on test, and accuracy per class.
 S3 | q2/reliability_test.png | reliability diagram on test.
 5 | q2/figure05_umap_train.png | UMAP of the backbone output, fitted on train without labels.
 6 | q2/figure06_umap_test.png | the test part in the map of figure 5.
-7 | q3/figure07_examples.png | test images that are right when clean; the predicted class above.
+7 | q3/figure07_examples.png | the first test images that are right when clean; predicted class.
 S4 | q3/by_epsilon.png | FGM and PGD-20 over epsilon.
 S5 | q3/pgd_by_step.png | PGD over its number of steps, on all test images.
-8 | q3/figure08_umap.png | perturbed and attacked test images in question 2's map, fitted again.
-9 | q4/figure09_accuracy_{}.png | accuracy per epoch, with PGD-20's.
+8 | q3/figure08_umap.png | test images, perturbed and under FGM, in the map of figure 5.
+9 | q4/figure09_accuracy_{}.png | accuracy per epoch; PGD-20 on validation images.
 10 | q4/figure10_loss_{}.png | loss per epoch.
 11 | q4/figure11_umap_train_{}.png | UMAP of the perturbed training part.
 12 | q4/figure12_umap_test_{}.png | perturbed test images in that map.
 13 | q6/figure13_accuracy.png | accuracy per epoch.
 13, continued | q6/figure13_loss.png | loss per epoch.
 14 | q6/figure14_umap.png | UMAP of the embeddings, fitted on train, and the test part in that map.
-15 | q6/figure15_examples.png | test images that are right when clean; the voted class above.
-16 | q6/figure16_umap.png | perturbed and attacked test images in the map of figure 14.
+15 | q6/figure15_examples.png | the first test images that are right when clean; voted class.
+16 | q6/figure16_umap.png | test images, perturbed and under FGM, in the map of figure 14.
 """
 SOURCES = """
 Barz & Denzler 2020: Do we train on test data? Purging CIFAR of near-duplicates, J. Imaging
@@ -87,25 +87,27 @@ Zhang et al. 2017: Understanding deep learning requires rethinking generalizatio
 """
 # What others have found, each said where the numbers bear it.
 REASONS = """
-random labels | A network of this size can fit even random labels (Zhang et al. 2017).
+random labels | That it is better on training images is no surprise: a network of this size can fit
+even random labels (Zhang et al. 2017).
 
 features | One explanation of what FGM does is that the network reads patterns that predict the
-class, but that a change too small to see can turn around: non-robust features (Ilyas et al.
-2019). Noise of the same size does less: among so many dimensions a random direction hardly leads
-towards another class (Fawzi et al. 2016).
+class, but that a small change can reverse: non-robust features (Ilyas et al. 2019). Noise of the
+same size does less: among so many dimensions a random direction hardly leads towards another class
+(Fawzi et al. 2016).
 
 linear | FGM follows the gradient at the image alone, as if the loss were linear (Goodfellow et
 al. 2015). Where the loss bends, more and smaller steps find more (Madry et al. 2018).
 
-far | FGM leaves so much more than PGD that FGM alone says little about robustness.
+far | Accuracy under FGM is so far above that under PGD-20 that FGM alone says little about
+robustness.
 
 smoothing | Label smoothing, used here, can raise accuracy under attacks by gradients without making
 a network robust (Fu et al. 2020).
 
-blind | The perturbation changes pixels by far more than FGM and costs less: it is drawn without a
-look at the network.
+blind | The perturbation changes pixels by far more than FGM and costs less: it is random and
+knows nothing of the network.
 
-loop | This run agrees with what others found: training on one kind of change hardly helps against
+loop | This run agrees with what others found: training on one kind of change need not help against
 another (Geirhos et al. 2018). Under PGD-20 the perturbation alone gained little or nothing, an
 attack in the loop much more (Madry et al. 2018).
 
@@ -431,7 +433,7 @@ tested on."""
         return text
     curve = min(model["by_eps"]["images"] for model in models.values())
     strongest = min(model["strongest_images"] for model in models.values())
-    eps, step = (255 * size for size in (common.EPSILON["linf"], common.PGD_STEP_SIZE))
+    eps = 255 * common.EPSILON["linf"]
     return f"""{text} {"" if q1["quick"] else conclusions(found)}
 
 {conditions_table(found, models, right)}
@@ -441,13 +443,16 @@ tested on."""
 How to read table 1, figure S1 and what follows:
 
 - Epochs: "40 + 16" are 40 of question 2, with whose weights the training began, and 16 more. A
-  question mark stands for those behind other weights.
-- FGM and PGD act in pixel space on images in [0, 1], in L-infinity with epsilon {eps:g}/255 unless
-  another is given. PGD-20 takes up to 20 steps of {step:g}/255 from the given image.
+  question mark stands for an unknown number.
+- FGM, the Fast Gradient Method, takes one step up the loss. PGD, projected gradient descent, takes
+  20 steps of a quarter of epsilon, and leaves an image alone once it is misclassified. Both start
+  from the given image (from the perturbed one in the column *perturbed + FGM*) and use the attacked
+  model's own gradient. Each pixel, in [0, 1], may move by epsilon, {eps:g}/255 unless another is
+  given: the norm is L-infinity.
 - *Strongest* is PGD-20 on cross-entropy, and then on a margin for the images that are still right:
   the gradient of cross-entropy vanishes where a network is sure (Carlini & Wagner 2017). It is
-  measured on {strongest:,} test images, figure S1 on {curve:,}: the first ones, whose order the
-  split has drawn.
+  measured on {strongest:,} test images, figure S1 on {curve:,}: the first ones, after question 1
+  has shuffled them.
 - A number after ± is a standard error: how much the number would typically change with other test
   images. Where fewer than ten images are right or wrong, a 95 % interval (Wilson 1927) or limit
   stands in table 1 instead.
@@ -540,14 +545,13 @@ def comparison(models, right):
     ]
     caption = (
         f"Table 2: accuracy minus that of {plain(reference)} on the same images, in points; bold: "
-        "beyond two standard errors."
+        "beyond two standard errors of drawing test images."
     )
     return f"""{table(caption, ["model", *common.CONDITIONS.values()], rows)}
 
 Between equal models, about one comparison in twenty is beyond two standard errors by chance; table
-2 has {len(others) * len(common.CONDITIONS)}. Its errors are those of drawing test images. Another
-seed moves accuracies as well: no difference that one run shows is an effect of the training before
-`make seeds` has shown it."""
+2 makes {len(others) * len(common.CONDITIONS)} comparisons. Another seed moves accuracies as well:
+no difference that one run shows is an effect of the training before `make seeds` has shown it."""
 
 
 def cell(difference):
@@ -583,11 +587,12 @@ def autoattack_sentences(models, right):
 def split_section(found, right):
     q1 = found["q1"]
     duplicates = q1["test_images_with_duplicate_in_train"]
+    pooled = " (all 60,000 images are mixed before)" if q1["protocol"] == "pooled" else ""
     return f"""## Question 1: the split
 
 Asked: a small part to train, the rest to validate and to test, classes in proportion. Done:
-protocol {plain(q1["protocol"])}, seed {q1["split_seed"]}, {q1["n_train"]:,} images to train,
-{q1["n_val"]:,} to validate, {q1["n_test"]:,} to test. Figures 1 and 2 show their labels. For
+protocol {plain(q1["protocol"])}{pooled}, seed {q1["split_seed"]}, {q1["n_train"]:,} images to
+train, {q1["n_val"]:,} to validate, {q1["n_test"]:,} to test. Figures 1 and 2 show their labels. For
 cross-validation, parts with classes in proportion gave less biased estimates of accuracy, which
 varied less (Kohavi 1995).
 
@@ -652,10 +657,10 @@ def hardest_class(per_class, n_test):
     """The classes of the lowest and the highest accuracy, where classes differ at all."""
     images = n_test // len(common.CLASSES)
     if not classes_differ(per_class, images):
-        return "These images do not show that one class is harder than another (chi-square, 5 %)."
+        return "Accuracies of the ten classes do not differ by more than chance (chi-square, 5 %)."
     low, high = min(per_class, key=per_class.get), max(per_class, key=per_class.get)
     return (
-        "The ten classes differ (chi-square, 5 %): the lowest accuracy on test is that of "
+        "Accuracies of the ten classes differ (chi-square, 5 %): the lowest on test is that of "
         f"{plain(low)}, {with_error(per_class[low], images)}, the highest that of {plain(high)}, "
         f"{with_error(per_class[high], images)}."
     )
@@ -669,13 +674,14 @@ def calibration(model, n_test):
     )
     near = max(0.01, 2 * common.standard_error(model["test"]["accuracy"], n_test))
     if abs(gap) < near:
-        return f"on average the probabilities match the accuracy, within {100 * near:.1f} points."
+        within = f"within {100 * near:.1f} points"
+        return f"on average the probability of the predicted class matches the accuracy, {within}."
     points = f"{abs(100 * gap):.1f} points too {'high' if gap > 0 else 'low'} on average"
     if gap > 0:
-        return f"the probabilities are {points}, as those of many networks (Guo et al. 2017)."
-    if model["recipe"].get("label_smoothing", 0) > 0:
-        points += ", and label smoothing lowers them (Müller et al. 2019)"
-    return f"the probabilities are {points}."
+        points += ", as in many networks (Guo et al. 2017)"
+    elif model["recipe"].get("label_smoothing", 0) > 0:
+        points += ", and label smoothing lowers it (Müller et al. 2019)"
+    return f"the probability of the predicted class is {points}."
 
 
 def attack_section(found, right):
@@ -821,7 +827,8 @@ Noise is meant to prevent catastrophic overfitting"""
 
 Asked: train on data perturbed as in question 3, without and with FGM in the loop. Done: model
 {plain(without)}: {described(plain_model)}; model {plain(attacked)}: {described(robust)}. First
-weights: {plain(q4["init"])}. The attack in the loop is {attack}. Table 1 has the numbers.
+weights: {plain(q4["init"])}; augmentation by shifts and mirroring, before the perturbation. The
+attack in the loop is {attack}. Table 1 has the numbers.
 
 {against(attacked, without, right, ("clean", "perturbed_fgm", "pgd"))}
 
@@ -884,7 +891,11 @@ def overfitting(model, images):
     )
     measure = f"accuracy under PGD-20 on {images} perturbed validation images"
     if kept == len(history):
-        return f"{measure} was {last} after the last epoch, {best} at best."
+        fitted, val = (common.percent(history[-1][key]) for key in ("accuracy", "val_accuracy"))
+        return (
+            f"the last epoch was right on {fitted} of the training images as trained on, and left "
+            f"{val} on perturbed validation images; {measure} was {last}, {best} at best."
+        )
     return (
         f"training was stopped after epoch {len(history)}: {measure} was {last}, less than half of "
         f"the {best} of epoch {kept}. The weights are those of that epoch, chosen on validation."
