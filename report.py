@@ -1053,11 +1053,11 @@ pre { overflow-x: auto; line-height: 1.4 }
 pre, tr, figure, .scroll, .block { break-inside: avoid }
 @media (max-width: 40rem) { figure { width: 99% } p, ul, ol { overflow: auto hidden } }
 @media print {
-  @page { size: A4; margin: 17mm }
+  @page { size: A4; margin: 15mm }
   html { font-size: 10pt; line-height: 1.35 }
   body { margin: 0; padding: 0; max-width: none }
   p, ul, ol, figure { margin-top: .5em; margin-bottom: .5em }
-  img { max-height: 5.5cm }
+  img { max-height: 5.2cm }
   .scroll { overflow: visible }
   pre { white-space: pre-wrap }
   blockquote { position: fixed; top: 0; right: 0; writing-mode: vertical-rl; font-size: 8pt }
