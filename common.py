@@ -52,6 +52,7 @@ from torch import nn
 # ---- Question 1: images, split, random numbers --------------------------------------------------
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CHANCE = 1 / len(CLASSES)  # accuracy of guessing
 NUM_IMAGES = 60_000
 NUM_OFFICIAL_TRAIN = 50_000  # indices below are torchvision's training file, others its test file
 STREAMS = ("perturbed train", "perturbed val", "perturbed test", "noise", "epoch")
@@ -1081,7 +1082,6 @@ def attack_warnings(accuracies, checks):
     accuracies: by CONDITIONS; checks: see attack_checks. Returns a list of sentences.
     """
     clean, fgm, pgd = (accuracies[name] for name in ("clean", "fgm", "pgd"))
-    chance = 1 / len(CLASSES)
     signs = [
         (
             pgd > fgm,
@@ -1099,7 +1099,7 @@ def attack_warnings(accuracies, checks):
             f"({percent(checks['fgm'])}) on the same images.",
         ),
         (
-            checks["pgd_eps_1"] - chance > 2 * standard_error(chance, checks["images"]),
+            is_above_chance(checks["pgd_eps_1"], checks["images"]),
             f"Accuracy is {percent(checks['pgd_eps_1'])} under PGD with eps = 1, where none should "
             "be above chance.",
         ),
@@ -1213,8 +1213,8 @@ def argument_parser(docstring):
     devices, precisions = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16")
     best = (
         "auto: a CUDA GPU, of which CUDA_VISIBLE_DEVICES chooses, or the CPU; mps is Apple's GPU, "
+        "for which PyTorch had wrong gradients until 2026"
     )
-    best += "for which PyTorch had wrong gradients until 2026"
     exact = "float32 is IEEE's, not TF32; auto: bfloat16 where it is fast"
     tiny = "tiny subset, few epochs: shows that everything works, its numbers mean nothing"
     add(
@@ -1765,6 +1765,11 @@ def percent(share):
 def standard_error(share, images):
     """Of an accuracy on so many images (binomial)."""
     return math.sqrt(share * (1 - share) / images)
+
+
+def is_above_chance(share, images):
+    """Whether an accuracy is above that of guessing by more than two standard errors."""
+    return share - CHANCE > 2 * standard_error(CHANCE, images)
 
 
 def print_conditions(title, models):

@@ -256,9 +256,12 @@ def vote(train, train_labels, embeddings, k=NEIGHBOURS):
     return votes.scatter_add_(1, train_labels[nearest], one_each).argmax(1)
 
 
-def validation_accuracy(model, data):
-    """Accuracy on validation of the vote of the training images. model: `frozen`."""
-    train, val = (embed(model, common.as_float(data[part][0])) for part in ("train", "val"))
+def validation_accuracy(model, train, data):
+    """Accuracy on validation of the vote of the training images.
+
+    model: `frozen`; train: its embeddings of those.
+    """
+    val = embed(model, common.as_float(data["val"][0]))
     return common.accuracy(vote(train, data["train"][1], val), data["val"][1])
 
 
@@ -267,10 +270,11 @@ def measured_votes(untrained, trained, train, test, data):
 
     untrained, trained: `frozen` models; train, test: the second's embeddings.
     """
+    before = embed(untrained, common.as_float(data["train"][0]))
     return {
         "val": {
-            "accuracy": validation_accuracy(trained, data),
-            "accuracy_before_training": validation_accuracy(untrained, data),
+            "accuracy": validation_accuracy(trained, train, data),
+            "accuracy_before_training": validation_accuracy(untrained, before, data),
         },
         "retrieval": retrieval_quality(train, data["train"][1], test, data["test"][1]),
         "neighbours": NEIGHBOURS,

@@ -34,7 +34,6 @@ MUST_AGREE = {  # a key of metrics.json, and what it says
     "stem": "stem",
     "q2_sha256": "model of question 2",
 }
-CHANCE = 1 / len(common.CLASSES)
 CHI_SQUARE = 16.92  # exceeded with 9 degrees of freedom in 5 % of the cases
 # Number, file and caption. 1 to 16 are those that the assignment asks for, the others are more.
 FIGURES = """
@@ -349,14 +348,9 @@ def wilson(share, images):
     return [(centre + side) / (1 + z**2 / images) for side in (-half, half)]
 
 
-def is_above_chance(share, images):
-    """Whether an accuracy is above that of guessing by more than two standard errors."""
-    return share - CHANCE > 2 * common.standard_error(CHANCE, images)
-
-
 def is_of_use(*shares):
     """Whether accuracies are so far above guessing that the model has learned something."""
-    return min(shares) >= 2 * CHANCE
+    return min(shares) >= 2 * common.CHANCE
 
 
 def classes_differ(per_class, images):
@@ -480,7 +474,7 @@ def conclusions(found):
         f"{plain(name)} with {percent(model['accuracy']['strongest'])} "
         f"(clean: {percent(model['accuracy']['clean'])})"
         for name, model in models.items()
-        if is_above_chance(model["accuracy"]["strongest"], model["strongest_images"])
+        if common.is_above_chance(model["accuracy"]["strongest"], model["strongest_images"])
     )
     said.append(f"Better than chance under the strongest attack: {better or 'none of the models'}.")
     warned = ", ".join(plain(name) for name, model in models.items() if model["warnings"])
@@ -523,7 +517,7 @@ def best_under(condition, models, right):
         return []
     images = {name: right[name][condition] for name in models}
     first = max(images, key=lambda name: images[name].mean())
-    if not is_above_chance(images[first].mean(), len(images[first])):
+    if not common.is_above_chance(images[first].mean(), len(images[first])):
         return []
     return [name for name in images if paired(images[first], images[name]).sign == 0]
 
@@ -692,14 +686,14 @@ def attack_section(found, right):
     rows.append(["all three", common.percent(model["accuracy"]["perturbed"])])
     sound = not (q3["quick"] or model["warnings"])
     causes = {"perturbed": "Perturbation", "fgm": "FGM", "perturbed_fgm": "Their combination"}
-    effects, steps, harmless = "", Difference(0, 0, 0), False
+    effects, steps, milder = "", Difference(0, 0, 0), False
     if of_model:
         effects = " ".join(
             effect(cause, paired(of_model["clean"], of_model[condition]))
             for condition, cause in causes.items()
         )
         steps = paired(of_model["fgm"], of_model["pgd"])
-        harmless = (
+        milder = (
             paired(of_model["clean"], of_model["perturbed"]).sign < 0
             and paired(of_model["perturbed"], of_model["fgm"]).sign < 0
         )
@@ -712,7 +706,7 @@ def attack_section(found, right):
             "linear": sound and steps.sign < 0,
             "far": far,
             "smoothing": far and smoothing > 0,
-            "blind": sound and harmless,
+            "blind": sound and milder,
         }
     )
     return f"""## Question 3: perturbation and attack

@@ -37,7 +37,8 @@ def main():
     )
     common.save_trained(path, model, training)
     trained = common.frozen(model, args.precision)
-    accuracy = q6_angular.validation_accuracy(trained, data)
+    train = q6_angular.embed(trained, common.as_float(data["train"][0]))
+    accuracy = q6_angular.validation_accuracy(trained, train, data)
     print(f"Accuracy on validation by the vote: {common.percent(accuracy)}")
 
 
